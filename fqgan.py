@@ -1,0 +1,1034 @@
+"""
+FQGAN in one file: a factorized visual tokenizer and the autoregressive model that generates its tokens.
+
+A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints
+the image from all k codes of a position. Read top to bottom, in the order data flows:
+checkpoint files, data, config, encoder, adapters, quantizers, decoder, FQGAN, discriminator.
+
+Sources:
+1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
+   sec. 3.2: factorized quantization, disentanglement, representation learning; sec. 3.3: the GPT's head
+2) VQGAN: Esser et al., Taming Transformers, https://arxiv.org/abs/2012.09841 (encoder, decoder, adversarial loss)
+3) LlamaGen: Sun et al., https://arxiv.org/abs/2406.06525 (l2-normalized codes of dimension 8, entropy loss off)
+4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss, eq. 4)
+"""
+
+import inspect
+import math
+import os
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.checkpoint import checkpoint
+
+# -----------------------------------------------------------------------------
+# Checkpoint files
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the scripts print its message as one line and exit with 1."""
+
+
+def save_checkpoint(path, contents):
+    """Writes to a temporary name and renames, so that `path` always holds a whole checkpoint."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
+
+
+def load_checkpoint(path, kind, device="cpu"):
+    """The dict that save_checkpoint wrote. Raises UserError for a file that is missing, damaged or not of `kind`."""
+    if not Path(path).is_file():
+        raise UserError(f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds: pickle, zip, EOF, runtime, key errors
+        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else "
+                        f"({type(error).__name__})") from None
+    if not isinstance(contents, dict) or contents.get("kind") != kind:
+        found = contents.get("kind") if isinstance(contents, dict) else None
+        raise UserError(f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
+    return contents
+
+
+def build(model_class, config_class, state, path, device="cpu"):
+    """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode."""
+    try:
+        model = model_class(config_class(**state["config"]))
+        model.load_state_dict(state.get("ema") or state["model"])
+    except UserError:
+        raise
+    except (RuntimeError, AttributeError, TypeError, KeyError) as error:  # load_state_dict's pages of complaints, cut short
+        raise UserError(f"{path}: weights and config do not fit this version ({' '.join(str(error).split())[:200]})") from None
+    return model.to(device).eval()
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+class Shapes:
+    """
+    The built-in data set: ten flat figures of random size and place, seven colours on six soft backgrounds.
+
+    Item `i` is always the same figure, of class i % 10, whatever the size it is rendered at; training and held-out
+    items are drawn from different seeds. Rendered on first use, then kept.
+    """
+
+    classes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart", "moon", "arrow"]
+    colours = [(214, 40, 57), (240, 120, 20), (250, 196, 20), (38, 150, 80), (20, 140, 170), (40, 70, 190), (130, 60, 170)]
+    backgrounds = [(250, 240, 225), (225, 238, 250), (228, 245, 228), (250, 228, 232), (238, 230, 248), (236, 236, 236)]
+
+    def __init__(self, size, train):
+        self.size, self.train = size, train
+        self.kept = {}
+
+    def __len__(self):
+        return 20_000 if self.train else 2_000
+
+    @staticmethod
+    def outline(name):
+        """(filled polygon, polygon cut out of it or None), of points within the unit circle, y downwards."""
+        def circle(radius=1.0, x=0.0):
+            angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
+            return np.stack([x + radius * np.cos(angle), radius * np.sin(angle)], 1)
+
+        def corners(n, inner=1.0):  # n-pointed, the first point up; every second radius is `inner`
+            angle = np.arange(n) * 2 * np.pi / n - np.pi / 2
+            radius = np.where(np.arange(n) % 2, inner, 1.0)[:, None]
+            return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+
+        t = np.linspace(0, 2 * np.pi, 96, endpoint=False)
+        heart = np.stack([16 * np.sin(t) ** 3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)], 1)
+        a = 0.36
+        return {
+            "circle": (circle(0.9), None),
+            "square": (0.8 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), None),
+            "triangle": (corners(3) + (0, 0.2), None),
+            "diamond": (corners(4) * (0.72, 1.0), None),
+            "star": (corners(10, 0.42), None),
+            "cross": (0.95 * np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                                       (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]), None),
+            "ring": (circle(0.95), circle(0.5)),
+            "heart": (heart / 17.0 - (0, 0.1), None),
+            "moon": (circle(0.95), circle(0.8, 0.5)),
+            "arrow": (np.array([(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)]), None),
+        }[name]
+
+    def __getitem__(self, index):
+        label = index % len(self.classes)
+        if index not in self.kept:
+            rng = random.Random(f"{'train' if self.train else 'held-out'} {index}")
+            radius = rng.uniform(0.24, 0.42)  # of the image's side
+            center = rng.uniform(radius + 0.02, 0.98 - radius), rng.uniform(radius + 0.02, 0.98 - radius)
+            colour, background = rng.choice(self.colours), rng.choice(self.backgrounds)
+            fine = 8 * self.size  # anti-aliasing: drawn 8 times as large, then averaged
+            mask = Image.new("L", (fine, fine))
+            for polygon, fill in zip(self.outline(self.classes[label]), (255, 0)):
+                if polygon is not None:
+                    ImageDraw.Draw(mask).polygon([tuple(p) for p in (center + radius * polygon) * fine], fill=fill)
+            figure, ground = (Image.new("RGB", (self.size, self.size), c) for c in (colour, background))
+            self.kept[index] = Image.composite(figure, ground, mask.reduce(8))
+        return self.kept[index], label
+
+
+def upright_rgb(image):
+    """Any PIL image as 8-bit RGB: EXIF rotation applied, 16 bits scaled to 8, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop_square(image, size, rng=None, view=0, views=1):
+    """
+    A size x size crop of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while
+    it is more than twice as long, then bicubic, and the center taken.
+    With `rng`, a random 0.8 to 1.0 of the shorter side, at a random place, flipped half the time; where that would
+    enlarge a small image, more of it, so that nothing is learned from blur.
+    Else number `view` of the fixed `views`: 1, the center; 2, and its mirror image; 10, at 1.1 times the size the center
+    and four corners, and their mirror images.
+
+    Sources: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233 (scaling, random crop); LlamaGen (ten crops).
+    """
+    short = rng.randint(size, max(size, min(math.ceil(size / 0.8), *image.size))) if rng else round(1.1 * size) if views == 10 else size
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    corner = [(0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)][view % 5 if views == 10 else 0]
+    left, top = (rng.randint(0, side - size) if rng else int((side - size) * at) for side, at in zip(image.size, corner))
+    image = image.crop((left, top, left + size, top + size))
+    return ImageOps.mirror(image) if (rng.random() < 0.5 if rng else 2 * view >= max(2, views)) else image
+
+
+class ImageData(torch.utils.data.Dataset):
+    """
+    Items are (image (3,H,W) float in [-1, 1], label int). The index may be a pair (index, draw): the random crop is a
+    function of both, so that any step of a run can be repeated without the steps before it.
+
+    An image that cannot be read is named once on stderr and replaced by the next one that can; more than 1 %
+    unreadable raises UserError. `unreadable` counts them, over all worker processes.
+    """
+
+    def __init__(self, source, classes, image_size, augment, origin):
+        self.source, self.classes, self.image_size, self.augment, self.origin = source, classes, image_size, augment, origin
+        self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        index, draw = index if isinstance(index, tuple) else (index, "")
+        return self.view(index, rng=random.Random(f"{index} {draw}") if self.augment else None)
+
+    @property
+    def unreadable(self):
+        return int(self.failed.sum())
+
+    def view(self, index, **crop):
+        """Item `index`, cropped as crop_square's options say."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for i in (*range(index, len(self)), *range(index)):
+            if self.failed[i]:
+                continue
+            try:
+                image, label = self.source[i]
+                image = crop_square(upright_rgb(image), self.image_size, **crop)
+                return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1), int(label)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
+                self.failed[i] = True
+                name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
+                print(f"skipped, unreadable: {str(name)!r} ({error})", file=sys.stderr)
+            if self.unreadable > max(1, 0.01 * len(self)):
+                break
+        raise UserError(f"{self.unreadable} of {len(self)} images of {self.origin} cannot be read (named above), "
+                        "more than 1 %: mend or remove them")
+
+
+class Folder:
+    """A folder as a source of PIL images: of class folders, or flat (one class). Files stay closed until asked for."""
+
+    suffixes = set(Image.registered_extensions())
+
+    def __init__(self, path):
+        if not path.is_dir():
+            raise UserError(f"{path} is a file; --data takes a folder of images, or of class folders")
+        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        found = [(p, label) for label, folder in enumerate(folders or [path]) for p in sorted(folder.rglob("*") if folders else folder.iterdir())]
+        self.samples = [(p, label) for p, label in found if p.suffix.lower() in self.suffixes and p.is_file()]
+        self.classes = [p.name for p in folders or [path]]
+        if not self.samples:
+            raise UserError(f"{path} holds no image (looked for {', '.join(sorted(self.suffixes)[:6])}, ...)")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        with Image.open(path) as image:
+            image.load()
+        return image, label
+
+
+def load_data(name_or_path, image_size, train):
+    """
+    A data set of (image (3,H,W) in [-1, 1], label int) with `.classes`, center-cropped, or with `train` randomly.
+
+    `name_or_path`: "shapes"; a folder of class folders or of images; a name of torchvision.datasets in lower case,
+    downloaded into torch.hub's cache. Of a folder with `train` and `val` inside, these are the two parts; of another,
+    every tenth file by name is held out; of one under 100 images, none: both parts are the whole.
+    `.origin` says in words what was taken. Raises UserError where there is nothing to load.
+    """
+    import torchvision
+
+    if name_or_path == "shapes":
+        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, False, f"shapes, {'training' if train else 'held-out'} part")
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        part = path / ("train" if train else "val")
+        if (path / "train").is_dir() and (path / "val").is_dir():
+            source, origin = Folder(part), f"{part}"
+        else:
+            source, origin = Folder(path), f"{path}, all of it (too few to hold any out)"
+            if len(source) >= 100:
+                kept = [s for i, s in enumerate(source.samples) if (i % 10 == 9) != train]
+                source.samples, origin = kept, f"{path}, {'all but every' if train else 'every'} tenth file"
+        return ImageData(source, source.classes, image_size, train, origin)
+
+    names = {n.lower(): n for n in torchvision.datasets.__all__ if "root" in inspect.signature(getattr(torchvision.datasets, n)).parameters}
+    if str(name_or_path).lower() not in names:
+        raise UserError(f"--data {name_or_path}: no such folder, and torchvision has no data set of that name "
+                        "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
+    make = getattr(torchvision.datasets, names[str(name_or_path).lower()])
+    takes = inspect.signature(make).parameters
+    options = {"root": Path(torch.hub.get_dir()) / "datasets"} | ({"download": True} if "download" in takes else {})
+    if "train" in takes:
+        choices = [{"train": train}]
+    else:
+        choices = [{"split": s} for s in (["train"] if train else ["val", "test", "valid"])] if "split" in takes else [{}]
+    for choice in choices:
+        try:
+            source = make(**options, **choice)
+            break
+        except ValueError as error:  # a split that this data set does not have
+            problem = error
+        except Exception as error:  # no network, a changed address, a failed checksum
+            raise UserError(f"--data {name_or_path}: torchvision could not get it ({' '.join(str(error).split())[:160]}); "
+                            "download it elsewhere and give its folder") from None
+    else:
+        raise UserError(f"--data {name_or_path}: torchvision offers no such part ({problem})")
+    labels = getattr(source, "labels", getattr(source, "targets", [0]))
+    classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(labels)) + 1)]
+    return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train,
+                     f"torchvision's {make.__name__}, {choice or 'whole'}")
+
+
+def save_grid(path, rows, tile=96):
+    """
+    Writes rows of images as one picture. rows: list of (label, images (n,3,H,W) in [-1, 1]); the label stands to the
+    left. Images smaller than `tile` pixels are enlarged by a whole factor without smoothing.
+    """
+    size = rows[0][1].shape[-1]
+    zoom, gap, font = max(1, -(-tile // size)), 4, ImageFont.load_default(14)
+    step = size * zoom + gap
+    margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 12
+    sheet = Image.new("RGB", (margin + step * max(len(images) for _, images in rows), gap + step * len(rows)), "white")
+    for r, (label, images) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((margin - 6, gap + r * step + step // 2), label, fill="black", font=font, anchor="rm")
+        for c, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+            picture = Image.fromarray(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + c * step, gap + r * step))
+    sheet.save(path)
+
+
+def to_uint8(images):
+    """[-1, 1] to 0..255, as the official scripts write images: clamp(127.5 x + 128), cut to whole numbers."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+# -----------------------------------------------------------------------------
+# Transformer blocks, for adapters and GPT alike
+
+
+def attention(q, k, v, causal=False):
+    """
+    Softmax attention of (B, heads, T, e) tensors. On CPUs always in float32: under bfloat16 the backward pass of
+    PyTorch's CPU kernel takes several times as long.
+    """
+    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
+
+
+class Cache:
+    """The keys and values of the positions so far, in one buffer of the length that will be needed."""
+
+    def __init__(self):
+        self.filled, self.buffer = 0, None
+
+    def append(self, k, v, length):
+        """k, v (B, heads, T, e) of new positions -> those of all positions so far"""
+        if self.buffer is None:
+            self.buffer = k.new_empty(2, *k.shape[:2], length, k.shape[3])
+        end = self.filled + k.shape[2]
+        self.buffer[0, :, :, self.filled:end], self.buffer[1, :, :, self.filled:end] = k, v
+        self.filled = end
+        return self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, T, C) -> (B, T, C); causal, rotary and cached where the GPT asks for it."""
+
+    def __init__(self, width, heads, bias=True, causal=False):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
+
+    def forward(self, x, rotary=None, cache=None, length=None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, e) each
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(k, v, length)
+        y = attention(q, k, v, causal=self.causal and T > 1)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; `dropout` falls on both branches' outputs."""
+
+    def __init__(self, width, attn, mlp, norm=nn.LayerNorm, dropout=0.0):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp, self.dropout = norm(width), attn, norm(width), mlp, nn.Dropout(dropout)
+
+    def forward(self, x, **attention_options):
+        x = x + self.dropout(self.attn(self.norm1(x), **attention_options))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: config
+
+
+def flag(default, help):
+    """A config field whose explanation is also the help of its command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class FQGANConfig:
+    """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
+
+    k: int = flag(3, "number of sub-codebooks: 1 is VQGAN, 2 FQGAN-Dual, 3 FQGAN-Triple")
+    codebook_size: int = flag(16384, "codes in each sub-codebook")
+    codebook_dim: int = flag(8, "numbers in a code")
+    image_size: int = flag(256, "side of the square images, in pixels")
+    downsample: int = flag(16, "pixels a code stands for, along each side; a power of two")
+    patch_size: int = flag(1, "above 1, pixels are first gathered into channels, patch by patch: a cheap stem")
+    channels: int = flag(128, "width of the convolutions at the finest level")
+    channel_mult: tuple[int, ...] = flag((), "width of each level in units of channels; empty: as published, 1,1,2,2,4 at 16x")
+    res_blocks: int = flag(2, "residual blocks in a level of the encoder; the decoder has one more")
+    norm_groups: int = flag(32, "groups of the normalizations; with few channels in each, an image's mean colour is lost")
+    z_channels: int = flag(256, "channels between the convolutions and the quantizers")
+    adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
+    adapter_width: int = flag(512, "width of the adapters")
+    adapter_heads: int = flag(8, "attention heads of the adapters")
+    commit_weight: float = flag(0.25, "weight of the commitment loss")
+    entropy_weight: float = flag(0.03, "weight of the entropy loss")
+    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
+    disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
+    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
+    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
+
+    def __post_init__(self):
+        def require(condition, message):
+            if not condition:
+                raise UserError(message)
+
+        for name in ("k", "codebook_size", "codebook_dim", "image_size", "patch_size", "channels", "res_blocks", "z_channels"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        levels = math.log2(self.downsample / self.patch_size) + 1 if self.downsample > 0 else 0
+        require(levels == int(levels) >= 1 and self.downsample > 1,
+                f"downsample {self.downsample} must be a power of two, and a multiple of patch_size {self.patch_size}")
+        require(self.image_size % self.downsample == 0,
+                f"image_size {self.image_size} is not divisible by downsample {self.downsample}: "
+                f"{max(1, self.image_size // self.downsample) * self.downsample} is")
+        if not self.channel_mult:  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x; 1,1,1,2,2,4 at 32x
+            self.channel_mult = ((1,) + ((1,) * int(levels) + (2, 2, 4))[-int(levels) + 1:])[:int(levels)]
+        self.channel_mult = tuple(self.channel_mult)
+        require(len(self.channel_mult) == levels,
+                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} has {int(levels)}")
+        widths = [self.channels] + [self.channels * m for m in self.channel_mult]
+        require(self.norm_groups > 0 and all(w > 0 and w % self.norm_groups == 0 for w in widths),
+                f"channels {self.channels} x {self.channel_mult} must be multiples of norm_groups {self.norm_groups}")
+        require(self.adapter_depth == 0 or self.adapter_heads > 0 and self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
+                f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} and of adapter_heads {self.adapter_heads}")
+        require(self.entropy_temperature > 0, f"entropy_temperature is {self.entropy_temperature}; it must be above 0")
+
+    @property
+    def grid(self):
+        return self.image_size // self.downsample
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: the convolutional encoder and decoder of VQGAN
+
+
+def group_norm(channels, config):
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, config):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in, config), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out, config), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over all positions of a feature map, one head."""
+
+    def __init__(self, channels, config):
+        super().__init__()
+        self.norm, self.attn = group_norm(channels, config), Attention(channels, heads=1)
+
+    def forward(self, x):
+        h = self.attn(self.norm(x).flatten(2).transpose(1, 2))  # (B, h*w, C)
+        return x + h.transpose(1, 2).reshape(x.shape).contiguous()  # else all that follows is channels_last, slow on CPUs
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one zero at the right and at the bottom only, as VQGAN
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention at the lowest; then the change of resolution."""
+
+    def __init__(self, c_in, c_out, blocks, attend, resample, config):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attend else nn.Identity() for _ in range(blocks))
+        self.resample = resample(c_out)
+
+    def forward(self, x):
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.resample(x)
+
+
+def middle(c, config):
+    return nn.Sequential(ResBlock(c, c, config), AttnBlock(c, config), ResBlock(c, c, config))
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, C, h, w), the features that all adapters share."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_mult]
+        last = len(widths) - 1
+        self.patch = nn.PixelUnshuffle(config.patch_size)
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
+        self.levels = nn.Sequential(*(
+            Level(c_in, c_out, config.res_blocks, i == last, nn.Identity if i == last else Downsample, config)
+            for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths))))
+        self.mid = middle(widths[-1], config)
+
+    def forward(self, images):
+        return self.mid(self.levels(self.conv_in(self.patch(images))))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, 3, H, W)"""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.channels * m for m in reversed(config.channel_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], config)
+        self.levels = nn.Sequential(*(
+            Level(c_in, c_out, config.res_blocks + 1, i == 0, nn.Identity if i == last else Upsample, config)
+            for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths))))
+        self.norm_out = group_norm(widths[-1], config)
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1)
+        self.patch = nn.PixelShuffle(config.patch_size)
+
+    def forward(self, z):
+        x = self.levels(self.mid(self.conv_in(z)))
+        return self.patch(self.conv_out(F.silu(self.norm_out(x))))
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: adapters
+
+
+class Adapter(nn.Module):
+    """
+    Turns the shared features towards one sub-codebook: (B, C, h, w) -> (B, width, h, w), sec. 3.2.
+    No skip around it; the learned positions fix the grid.
+    """
+
+    def __init__(self, c_in, config):
+        super().__init__()
+        width = config.adapter_width
+        self.proj_in = nn.Linear(c_in, width) if c_in != width else nn.Identity()
+        self.positions = nn.Parameter(width**-0.5 * torch.randn(config.grid**2, width))
+        self.norm_pre, self.norm_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*(Block(width, Attention(width, config.adapter_heads), MLP(width)) for _ in range(config.adapter_depth)))
+
+    def forward(self, x):
+        B, _, h, w = x.shape
+        x = self.proj_in(x.flatten(2).transpose(1, 2)) + self.positions  # (B, h*w, width), row by row
+        x = self.norm_post(self.blocks(self.norm_pre(x)))
+        return x.transpose(1, 2).reshape(B, -1, h, w).contiguous()
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: quantizers
+
+
+class Quantizer(nn.Module):
+    """
+    One sub-codebook. Vectors and codes are compared on the unit sphere, where the nearest code is the one of the
+    largest cosine; the stored codes need not be of unit length (sec. 3.1; l2-normalized codes: LlamaGen, sec. 2.1).
+
+    Always computed in float32: in bfloat16, one random vector in fifteen finds another code.
+    """
+
+    def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
+        super().__init__()
+        self.commit_weight, self.entropy_weight, self.temperature = commit_weight, entropy_weight, entropy_temperature
+        self.codebook = nn.Parameter(F.normalize(torch.rand(codebook_size, codebook_dim) - 0.5, dim=-1))
+        # how often each code was chosen in training since somebody last set it to zero
+        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.long), persistent=False)
+
+    def lookup(self, ids):
+        """ids (B,h,w) -> unit vectors (B,d,h,w)"""
+        return F.normalize(F.embedding(ids, self.codebook.float()), dim=-1).permute(0, 3, 1, 2)
+
+    def forward(self, z):
+        """
+        z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), losses)
+
+        losses, each with its weight in it: `codebook` moves the codes to the vectors, `commit` the vectors to the
+        codes, `entropy` sharpens each choice while it spreads the choices over the codebook.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=1)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+            flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
+            with torch.no_grad():
+                ids = torch.cat([(chunk @ codes.T).argmax(1) for chunk in flat.split(4096)])
+                if self.training:
+                    self.counts.scatter_add_(0, ids, torch.ones_like(ids))
+            ids = ids.view(z.shape[0], *z.shape[2:])
+            z_q = codes[ids].permute(0, 3, 1, 2)
+            losses = {
+                "codebook": F.mse_loss(z_q, z.detach()),
+                "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),
+                "entropy": self.entropy_weight * entropy_loss(flat, codes, self.temperature) if self.entropy_weight else z.new_zeros(()),
+            }
+            return z + (z_q - z).detach(), ids, losses  # straight-through: the value of z_q, the gradient of z
+
+
+def entropy_loss(z, codes, temperature):
+    """
+    Mean entropy of the soft assignments p = softmax(-|z - code|^2 / temperature), minus the entropy of their mean.
+    z (n, d) and codes (V, d) of unit length -> scalar. MAGVIT-v2 eq. 4; 1e-5 keeps the outer log finite.
+
+    The (n, V) assignments exist one chunk at a time and are computed again in the backward pass, so that memory does
+    not grow with n.
+    """
+    def chunk(z, codes):
+        logits = (2 / temperature) * (z @ codes.T)  # |z - code|^2 = 2 - 2 cosine
+        p = logits.softmax(1)
+        return -(p * logits.log_softmax(1)).sum(), p.sum(0)
+
+    rows = max(1, 2**22 // len(codes))  # 16 MB a matrix
+    entropy, total = zip(*(checkpoint(chunk, part, codes, use_reentrant=False) if len(z) > rows else chunk(part, codes)
+                           for part in z.split(rows)))
+    mean_p = sum(total) / len(z)
+    return sum(entropy) / len(z) + (mean_p * (mean_p + 1e-5).log()).sum()
+
+
+def disentangle_loss(quantized):
+    """
+    Mean over the pairs of sub-codebooks of the mean squared cosine between their codes of one position; 0 for k=1.
+    quantized: list of k tensors (B,d,h,w) -> scalar. Sec. 3.2, "Disentanglement".
+    """
+    unit = [F.normalize(q.float(), dim=1) for q in quantized]
+    pairs = [(a * b).sum(1).square().mean() for i, a in enumerate(unit) for b in unit[:i]]
+    return sum(pairs) / len(pairs) if pairs else unit[0].new_zeros(())
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: the whole
+
+
+class Branch(nn.Module):
+    """From the shared features (B,C,h,w) to one sub-codebook's vectors (B,d,h,w)."""
+
+    def __init__(self, c_in, config):
+        super().__init__()
+        width = config.adapter_width if config.adapter_depth else c_in
+        self.adapter = Adapter(c_in, config) if config.adapter_depth else nn.Identity()
+        self.norm_out, self.conv_out = group_norm(width, config), nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
+                                   config.entropy_weight, config.entropy_temperature)
+
+    def forward(self, features):
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.adapter(features)))))
+
+
+class FQGAN(nn.Module):
+    """
+    The factorized tokenizer: images (B,3,H,W) in [-1,1] <-> ids (B,k,h,w) in [0, codebook_size).
+
+    Along k: the low-level sub-codebook first, then those that a teacher supervises.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        c = config.channels * config.channel_mult[-1]
+        self.branches = nn.ModuleList(Branch(c, config) for _ in range(config.k))
+        self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+        self.apply(self.initialize)
+
+    @staticmethod
+    def initialize(module):
+        """
+        linear layers  N(0, 0.02), biases 0        positions  N(0, 1/sqrt(width))
+        convolutions   PyTorch's own               codes      uniform, then unit length
+        """
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+    def vectors(self, images):
+        """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
+        size, c = tuple(images.shape[-2:]), self.config
+        if c.adapter_depth and size != (c.image_size,) * 2:
+            raise UserError(f"images are {size[0]}x{size[1]}, the adapters' positions are for {c.image_size}x{c.image_size}")
+        if any(s % c.downsample for s in size):
+            raise UserError(f"images are {size[0]}x{size[1]}, not divisible by the downsample {c.downsample}")
+        features = self.encoder(images)
+        return [branch(features) for branch in self.branches]
+
+    def paint(self, quantized):
+        """list of k (B,d,h,w) -> images (B,3,H,W)"""
+        return self.decoder(self.post_quant_conv(torch.cat(quantized, 1))).float()
+
+    def take_counts(self):
+        """How often each code was chosen in training since the last call: (k, V)."""
+        counts = torch.stack([b.quantizer.counts for b in self.branches])
+        for branch in self.branches:
+            branch.quantizer.counts.zero_()
+        return counts
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images (B,3,H,W) in [-1,1] -> ids (B,k,h,w) int64"""
+        return torch.stack([b.quantizer(z)[1] for b, z in zip(self.branches, self.vectors(images))], 1)
+
+    @torch.no_grad()
+    def decode(self, ids, only=None):
+        """
+        ids (B,k,h,w) -> images (B,3,h*downsample,w*downsample), about [-1,1], not clamped.
+        `only`: indices of the sub-codebooks whose codes are used, the others being left out (set to zero).
+        """
+        if ids.ndim != 4 or ids.shape[1] != self.config.k:
+            raise UserError(f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
+        codes = [b.quantizer.lookup(ids[:, i]) for i, b in enumerate(self.branches)]
+        return self.paint([c if only is None or i in only else torch.zeros_like(c) for i, c in enumerate(codes)])
+
+    def forward(self, images):
+        """
+        images (B,3,H,W) -> (reconstruction (B,3,H,W), losses): scalars with their weights in them, to be summed.
+        The perceptual and adversarial terms need other networks and are added by the training script.
+        """
+        quantized, _, losses = zip(*(b.quantizer(z) for b, z in zip(self.branches, self.vectors(images))))
+        losses = {name: sum(each[name] for each in losses) for name in losses[0]}
+        losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
+        reconstruction = self.paint(quantized)
+        losses["reconstruct"] = F.mse_loss(reconstruction, images)
+        return reconstruction, losses
+
+
+def load_tokenizer(path, device="cpu"):
+    """A trained FQGAN in eval mode. Raises UserError for a file that is missing, damaged or something else."""
+    return build(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer: adversary
+
+
+class Discriminator(nn.Module):
+    """
+    PatchGAN: images (B,3,H,W) -> (B,1,h,w), one judgement for each overlapping patch of 70 pixels.
+    Source: Isola et al., https://arxiv.org/abs/1611.07004, sec. 3.2.2.
+    """
+
+    def __init__(self, channels=64, layers=3):
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        main = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+            main += [nn.Conv2d(c_in, c_out, 4, stride=2 if i < layers - 1 else 1, padding=1, bias=False),
+                     nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
+        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for module in self.main:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, images):
+        return self.main(images)
+
+
+def hinge_loss(real, fake):
+    """The discriminator's: judgements of real images pushed above 1, of fake ones below -1."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+
+def psnr(images, others):
+    """(B,3,H,W) in [-1,1] twice -> (B,) peak signal-to-noise ratio in dB, of the images as 8-bit files hold them."""
+    error = (to_uint8(images).float() - to_uint8(others).float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / error.clamp(min=1e-4))
+
+
+def usage(counts):
+    """counts (..., V) of how often each code was chosen -> (share of codes chosen at all, perplexity), each (...)"""
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()
+
+
+# -----------------------------------------------------------------------------
+# GPT: config
+
+
+@dataclass
+class GPTConfig:
+    """The factorized autoregressive model's shape. The defaults are the paper's FAR-Base over FQGAN-Triple at 16x."""
+
+    k: int = flag(3, "codes at each position, one from each sub-codebook")
+    vocab_size: int = flag(16384, "codes in each sub-codebook")
+    num_classes: int = flag(1000, "classes; one more, the null class, stands for none")
+    grid: int = flag(16, "positions along each side of the image")
+    n_layer: int = flag(24, "blocks of the trunk")
+    n_head: int = flag(16, "attention heads")
+    n_embd: int = flag(1024, "width")
+    head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 with k=1 is LlamaGen's GPT")
+    dropout: float = flag(0.1, "dropout on the trunk's input and on every branch of a block")
+    label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
+
+    def __post_init__(self):
+        for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % (4 * self.n_head):
+            raise UserError(f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
+        if self.k > 1 and self.head_layers < 1:
+            raise UserError(f"head_layers is {self.head_layers}; with k={self.k} the head must have at least 1 block")
+        for name in ("dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+
+# -----------------------------------------------------------------------------
+# GPT: the model
+
+
+def rotary_table(grid, head_dim):
+    """
+    (1 + grid^2, head_dim/2, 2): cos and sin for each position of the class token and then the grid, row by row. The
+    first half of the pairs turns by the row, the other by the column. The class token's are zeros, as in the official
+    code: it turns query and key into zero vectors, so that every position attends to the class with a score of 0.
+    """
+    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
+    angle = torch.arange(grid)[:, None] * frequency
+    angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], 1)  # (grid^2, head_dim/2)
+    return torch.cat([torch.zeros(1, head_dim // 2, 2), torch.stack([angle.cos(), angle.sin()], -1)])
+
+
+def rotate(x, table):
+    """Turns the interleaved pairs of x (B, heads, T, e) by table (T, e/2, 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = -(-int(8 * width / 3) // 256) * 256  # rounded up to a multiple of 256
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+def rms_norm(width):
+    return nn.RMSNorm(width, eps=1e-5)
+
+
+class GPT(nn.Module):
+    """
+    FAR, sec. 3.3: a LLaMA-style trunk over positions, then for each position a small causal transformer, the head,
+    over its k codes. The trunk's input at a position is the projected concatenation of the k codes before it.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.n_embd
+
+        def blocks(n):
+            return nn.ModuleList(Block(D, Attention(D, config.n_head, bias=False, causal=True), SwiGLU(D), rms_norm, config.dropout)
+                                 for _ in range(n))
+
+        self.class_embedding = nn.Embedding(config.num_classes + 1, D)  # the last row is the null class
+        self.token_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, D) for _ in range(config.k))
+        self.aggregate = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.trunk, self.head = blocks(config.n_layer), blocks(config.head_layers)
+        self.norm = rms_norm(D)
+        self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
+        self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
+        self.initialize()
+
+    def initialize(self):
+        """
+        linear layers and embeddings  N(0, 0.02)        outputs  0, so that the loss starts at ln(vocab_size)
+        biases                        0                 norms    1
+        """
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                nn.init.zeros_(p) if name.startswith("outputs") else nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def check(self, labels, ids=None):
+        c = self.config
+        if ids is not None and tuple(ids.shape[1:]) != (c.k, c.grid, c.grid):
+            raise UserError(f"ids have shape {tuple(ids.shape)}, expected (B, {c.k}, {c.grid}, {c.grid})")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= c.num_classes:
+            raise UserError(f"labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to {c.num_classes - 1}, or {c.num_classes} for none")
+
+    def forward(self, ids, labels):
+        """
+        ids (B,k,h,w), labels (B,) -> (logits (B, k, h*w, vocab_size) float32, loss: mean cross-entropy of all k codes).
+        Teacher-forced: the logits of a code depend on the codes before it alone. Eq. 6 and 7.
+        """
+        c, ids = self.config, ids.flatten(2)
+        B, k, P = ids.shape
+        if self.training and c.label_dropout:
+            labels = labels.masked_fill(torch.rand(B, device=labels.device) < c.label_dropout, c.num_classes)
+        embedded = [table(ids[:, i]) for i, table in enumerate(self.token_embeddings)]  # k of (B, P, D)
+        x = torch.cat([self.class_embedding(labels)[:, None], self.aggregate(torch.cat(embedded, -1))[:, :-1]], 1)
+        x = self.dropout(x)
+        for block in self.trunk:
+            x = block(x, rotary=self.rotary[:P])
+        x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
+        for block in self.head:
+            x = block(x, rotary=self.rotary[:k])
+        x = self.norm(x).view(B, P, k, -1)
+        logits = torch.stack([output(x[:, :, i]) for i, output in enumerate(self.outputs)], 1).float()  # (B, k, P, V)
+        return logits, F.cross_entropy(logits.flatten(0, 2), ids.flatten())
+
+    @torch.no_grad()
+    def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """
+        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values.
+
+        Each knob is one number, or k of them. cfg_scale above 1 guides: logits = null + scale * (class - null), for
+        which every sample runs twice; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
+        generator: a torch.Generator on the model's device. Raises UserError for a label or a knob out of range.
+        """
+        c = self.config
+        self.check(labels)
+        knobs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        for name, value in knobs.items():
+            knobs[name] = list(value) if isinstance(value, (list, tuple)) else [value] * c.k
+            if len(knobs[name]) != c.k:
+                raise UserError(f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
+            if min(knobs[name]) < 0 or (name == "top_p" and not 0 < min(value_ for value_ in knobs[name]) <= max(knobs[name]) <= 1):
+                raise UserError(f"{name} is {value}; it must be " + ("in (0, 1]" if name == "top_p" else "at least 0"))
+        was_training = self.training
+        self.eval()
+        guided = max(knobs["cfg_scale"]) > 1
+        rows = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
+        labels = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels
+        ids = labels.new_empty(len(labels) // (1 + guided), c.k, c.grid**2)
+        trunk_caches, head_caches = [Cache() for _ in self.trunk], [Cache() for _ in self.head]
+        x = self.class_embedding(labels)[:, None]  # (B, 1, D), and so is every x below
+        for p in range(c.grid**2):
+            for block, cache in zip(self.trunk, trunk_caches):
+                x = block(x, rotary=self.rotary[p:p + 1], cache=cache, length=c.grid**2)
+            embedded = []
+            for cache in head_caches:
+                cache.filled = 0
+            for i in range(c.k):
+                for block, cache in zip(self.head, head_caches):
+                    x = block(x, rotary=self.rotary[i:i + 1], cache=cache, length=c.k)
+                logits = self.outputs[i](self.norm(x))[:, 0].float()
+                if guided:
+                    logits, null = logits.chunk(2)
+                    if knobs["cfg_scale"][i] > 1:
+                        logits = null + knobs["cfg_scale"][i] * (logits - null)
+                ids[:, i, p] = sample(logits, knobs["temperature"][i], knobs["top_k"][i], knobs["top_p"][i], generator)
+                x = self.token_embeddings[i](rows(ids[:, i, p]))[:, None]
+                embedded.append(x)
+            x = self.aggregate(torch.cat(embedded, -1))
+        self.train(was_training)
+        return ids.unflatten(2, (c.grid, c.grid))
+
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """logits (B, V) -> one id each (B,). First temperature, then top-k, then top-p, which keeps the id that crosses p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(int(top_k)).values[:, -1:], -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def load_gpt(path, device="cpu", grid=None):
+    """A trained GPT in eval mode. Raises UserError for a file that is missing, damaged or something else."""
+    return load_generator(path, device=device)[0]
+
+
+def load_generator(path, tokenizer_path=None, device="cpu"):
+    """
+    Checkpoint -> (GPT, the tokenizer whose codes it speaks, class names). A GPT's checkpoint holds its tokenizer;
+    `tokenizer_path` takes its place. Raises UserError where the two do not fit each other.
+    """
+    state = load_checkpoint(path, "gpt")
+    gpt = build(GPT, GPTConfig, state, path, device)
+    tokenizer = load_tokenizer(tokenizer_path, device) if tokenizer_path else build(FQGAN, FQGANConfig, state["tokenizer"], path, device)
+    for name, ours, its in (("k", gpt.config.k, tokenizer.config.k), ("codes", gpt.config.vocab_size, tokenizer.config.codebook_size)):
+        if ours != its:
+            raise UserError(f"{path} was trained for {name} {ours}, the tokenizer {tokenizer_path or path} has {name} {its}")
+    return gpt, tokenizer, state["classes"]

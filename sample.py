@@ -1,0 +1,144 @@
+"""
+Generates images with a trained GPT: a picture grid with a row for each class, or one file an image.
+
+$ python sample.py                                              # out/samples.png, after `python train_gpt.py`
+$ python sample.py --classes 0,3,8 --n 24 --cfg-scale 3 --out grid.png
+$ torchrun --nproc-per-node=8 sample.py --n 50000 --npz samples.npz                 # what ADM's evaluator reads
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from fqgan import UserError, load_generator, save_grid, to_uint8
+from train_tokenizer import Parser, cli, has_fast_bf16, start
+
+
+def numbers(kind):
+    """A flag's value: one number, or one for each code of a position."""
+    def read(text):
+        values = [kind(n) for n in text.split(",")]
+        return values[0] if len(values) == 1 else values
+    read.__name__ = f"{kind.__name__}, or several with commas between:"
+    return read
+
+
+def flags():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--gpt", default="out/gpt.pt", help="the GPT's checkpoint (default: %(default)s)")
+    add("--tokenizer", help="a tokenizer's checkpoint in place of the one that the GPT's holds")
+    add("--classes", help="class numbers or names, with commas between (default: all; in a grid the first 10)")
+    add("--n", type=int, help="images in all, dealt to the classes in turn (default: 8 a class)")
+    add("--cfg-scale", type=numbers(float), default=2.0, help="guidance; 1 for none (default: %(default)s)")
+    add("--temperature", type=numbers(float), default=1.0, help="below 1 likelier codes, 0 the likeliest (default: %(default)s)")
+    add("--top-k", type=numbers(int), default=0, help="sample from the k likeliest codes only; 0: from all (default: %(default)s)")
+    add("--top-p", type=numbers(float), default=1.0, help="sample from the likeliest codes that make up p (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--out", help="a .png for a grid, or a folder for one file an image (default: samples.png beside the GPT)")
+    add("--npz", metavar="FILE", help="pack the images into one .npz as ADM's (arr_0, uint8 NHWC); they are kept in the folder of its name")
+    add("--batch-size", type=int, default=64, help="images generated at a time (default: %(default)s)")
+    add("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is (default: %(default)s)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware has it (default: %(default)s)")
+    return parser.parse_args()
+
+
+def pick_classes(text, names):
+    """"0,3" or "star,moon" -> class numbers"""
+    picked = []
+    for word in text.split(","):
+        word = word.strip()
+        index = names.index(word) if word in names else int(word) if word.isdecimal() else -1
+        if not 0 <= index < len(names):
+            raise UserError(f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+        picked.append(index)
+    return picked
+
+
+def main():
+    args = flags()
+    if args.n is not None and args.n < 1 or args.batch_size < 1:
+        raise UserError("--n and --batch-size must be at least 1")
+    device, rank, world = start(args.device, args.seed)
+    began = time.time()
+    gpt, tokenizer, names = load_generator(args.gpt, args.tokenizer, device)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and has_fast_bf16(device) else torch.float32
+
+    out = Path(args.out) if args.out else Path(args.npz).with_suffix("") if args.npz else Path(args.gpt).parent / "samples.png"
+    grid = out.suffix.lower() == ".png" and not args.npz
+    classes = pick_classes(args.classes, names) if args.classes else list(range(min(10, len(names)) if grid else len(names)))
+    total = args.n or 8 * len(classes)
+    labels = torch.tensor([classes[i % len(classes)] for i in range(total)])
+
+    try:
+        (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made into a folder ({error.strerror})") from None
+    files = [out / f"{i:06d}_class{int(label)}.png" for i, label in enumerate(labels)]
+    if not grid:
+        remember(out / "sample.json", {n: v for n, v in vars(args).items() if n not in ("out", "npz", "n", "device")}, rank)
+
+    # A batch has its own random state: whoever makes it, and whenever, it comes out the same.
+    batches = [range(i, min(i + args.batch_size, total)) for i in range(0, total, args.batch_size)]
+    todo = [b for b in batches if grid or not all(files[i].exists() for i in b)]
+    if len(todo) < len(batches):
+        print(f"going on in {out}: {len(batches) - len(todo)} of {len(batches)} batches are there") if rank == 0 else None
+    made, done = {}, 0
+    for batch in todo[rank::world] if not grid else todo:
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + batch.start)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ids = gpt.generate(labels[batch.start:batch.stop].to(device), args.cfg_scale, args.temperature, args.top_k, args.top_p, generator)
+            images = tokenizer.decode(ids).cpu()
+        done += len(batch)
+        if grid:
+            made.update(zip(batch, images))
+        else:
+            for i, image in zip(batch, to_uint8(images).permute(0, 2, 3, 1).numpy()):
+                temporary = files[i].with_suffix(".tmp")
+                Image.fromarray(image).save(temporary, "png")
+                temporary.replace(files[i])
+        if rank == 0:
+            speed = done / (time.time() - began)
+            whole = math.ceil(len(todo) / (1 if grid else world)) * args.batch_size
+            print(f"{done} images, {speed * world:.1f} images/s, {max(0, whole - done) / speed:.0f} s left", flush=True)
+    if world > 1:
+        dist.barrier()
+    if rank:
+        return
+    if grid:
+        save_grid(out, [(names[c], torch.stack([made[i] for i in range(total) if int(labels[i]) == c])) for c in dict.fromkeys(labels.tolist())])
+    elif args.npz:
+        pack(Path(args.npz), files)
+    print(f"{total} images of {len(set(labels.tolist()))} classes in {args.npz or out}, {time.time() - began:.1f} s")
+
+
+def remember(path, settings, rank):
+    """Writes down what a folder of samples was made with; refuses to mix others in."""
+    if path.exists():
+        known = json.loads(path.read_text())
+        changed = [f"--{n.replace('_', '-')} {known.get(n)} (now {v})" for n, v in settings.items() if known.get(n) != v]
+        if changed:
+            raise UserError(f"{path.parent} holds samples made with {', '.join(changed)}: choose another --out")
+    elif rank == 0:
+        path.write_text(json.dumps(settings, indent=1))
+
+
+def pack(path, files):
+    """The files' pixels as arr_0 (n, H, W, 3) uint8, one image in memory at a time."""
+    first = np.asarray(Image.open(files[0]))
+    raw = path.with_suffix(".npy.tmp")
+    array = np.lib.format.open_memmap(raw, "w+", np.uint8, (len(files), *first.shape))
+    for i, file in enumerate(files):
+        array[i] = np.asarray(Image.open(file))
+    np.savez(path, arr_0=array)
+    raw.unlink()
+
+
+if __name__ == "__main__":
+    cli(main)

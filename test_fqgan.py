@@ -1,0 +1,732 @@
+"""
+Tests of behaviour: every loss against its plain formula, cached sampling against uncached, a resumed run against an
+unbroken one, two processes against one, bad input against its one line. Nothing is downloaded.
+
+$ python -m pytest -q test_fqgan.py
+"""
+
+import copy
+import csv
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import fqgan
+import sample
+import train_gpt
+import train_tokenizer
+from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, Quantizer, UserError, disentangle_loss, entropy_loss, load_data
+
+HERE = Path(__file__).parent
+# the smallest tokenizer and GPT that have every part: seconds, not minutes
+SMALL = dict(image_size=16, downsample=4, patch_size=2, channels=32, channel_mult=(1, 1), res_blocks=1, z_channels=32,
+             codebook_size=32, codebook_dim=4, adapter_depth=1, adapter_width=32, adapter_heads=2)
+SMALL_GPT = dict(n_layer=2, n_head=2, n_embd=32, head_layers=1)
+
+
+def as_flags(values):
+    for name, value in values.items():
+        yield "--" + name.replace("_", "-")
+        if value is not True:
+            yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+TINY_RUN = [*as_flags(SMALL), *as_flags(dict(steps=4, batch_size=8, eval_every=2, eval_images=16, log_every=1, dtype="float32", device="cpu"))]
+TINY_GPT_RUN = [*as_flags(SMALL_GPT), *TINY_RUN[len([*as_flags(SMALL)]):]]
+
+
+def call(script, *argv):
+    """Runs a script's main() in this process."""
+    before, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [f"{script.__name__}.py", *map(str, argv)]
+    try:
+        script.main()
+    finally:
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def shell(*argv, ranks=0, **options):
+    """Runs a script as a person would, in a process of its own."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"] if ranks else []
+    return subprocess.run([sys.executable, *launcher, *map(str, argv)], cwd=HERE, text=True, capture_output=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def images_like(config, n=2):
+    return torch.rand(n, 3, config.image_size, config.image_size) * 2 - 1
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with the tokenizer and the GPT that the two scripts make of `shapes` in a few steps."""
+    out = tmp_path_factory.mktemp("trained")
+    call(train_tokenizer, "--k", 2, "--out", out, *TINY_RUN)
+    call(train_gpt, "--out", out, *TINY_GPT_RUN)
+    return out
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer
+
+
+@pytest.mark.parametrize("k, downsample", [(1, 4), (2, 8), (3, 16), (5, 4)])
+def test_tokenizer_shapes_and_gradients(k, downsample):
+    config = FQGANConfig(k=k, image_size=32, downsample=downsample, channels=32, res_blocks=1, z_channels=32, codebook_size=16,
+                         adapter_depth=1, adapter_width=64, adapter_heads=2)
+    model, images = FQGAN(config).train(), images_like(config)
+    reconstruction, losses = model(images)
+    assert reconstruction.shape == images.shape
+    assert {"codebook", "commit", "entropy", "disentangle"} <= set(losses) and all(v.ndim == 0 for v in losses.values())
+    sum(losses.values()).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None], "every weight must be trained"
+    ids = model.eval().encode(images)
+    assert ids.shape == (2, k, 32 // downsample, 32 // downsample) and ids.dtype == torch.int64
+    assert 0 <= ids.min() and ids.max() < 16
+    assert torch.allclose(model.decode(ids), model(images)[0], atol=1e-4), "forward in eval mode is encode, then decode"
+    assert torch.equal(model.decode(ids, only=range(k)), model.decode(ids))
+
+
+@pytest.mark.parametrize("options, tensors", [
+    (dict(k=2), 552 - 46 - 2), (dict(k=2, downsample=8), 508 - 46 - 2), (dict(k=3), 683 - 92 - 3), (dict(k=3, downsample=8), 639 - 92 - 3),
+    (dict(k=1, adapter_depth=0), 344 - 1), (dict(k=1, adapter_depth=0, downsample=8), 300 - 1)])
+def test_as_many_tensors_as_the_published_files(options, tensors):
+    """
+    Less the feature heads and the codebook_used statistics, which the published files hold as well, and 4 for each
+    of 7 attention blocks, whose q, k and v are one tensor here.
+    """
+    with torch.device("meta"):
+        model = FQGAN(FQGANConfig(**options))
+    assert len(model.state_dict()) == tensors - 7 * 4
+    assert model.post_quant_conv.weight.shape == (256, 8 * options["k"], 1, 1)
+
+
+def test_without_adapters_any_size_is_taken():
+    model = FQGAN(FQGANConfig(**SMALL | dict(k=1, adapter_depth=0))).eval()
+    assert model.encode(torch.zeros(1, 3, 24, 40)).shape == (1, 1, 6, 10)
+    with pytest.raises(UserError, match="not divisible"):
+        model.encode(torch.zeros(1, 3, 18, 16))
+    with pytest.raises(UserError, match="positions are for 16x16"):
+        FQGAN(FQGANConfig(**SMALL | dict(k=1))).encode(torch.zeros(1, 3, 24, 24))
+
+
+def test_downsampling_pads_right_and_bottom():
+    layer = fqgan.Downsample(1)
+    x = torch.randn(1, 1, 4, 4)
+    padded = torch.zeros(1, 1, 5, 5)
+    padded[..., :4, :4] = x
+    assert torch.allclose(layer(x), F.conv2d(padded, layer.conv.weight, layer.conv.bias, stride=2))
+
+
+def test_quantizer_against_its_definition():
+    torch.manual_seed(0)
+    q = Quantizer(50, 6, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.1).double()
+    q.codebook.data *= torch.rand(50, 1) + 0.5  # stored codes of any length
+    z = (3 * torch.randn(2, 6, 3, 4, dtype=torch.double)).requires_grad_()
+    q.codebook.data = q.codebook.data.float().double()
+    z.data = z.data.float().double()
+    z_q, ids, losses = q(z)
+
+    flat = F.normalize(z.permute(0, 2, 3, 1).reshape(-1, 6), dim=1)
+    codes = F.normalize(q.codebook, dim=1)
+    distance = (flat[:, None] - codes[None]).square().sum(-1)
+    nearest = codes[distance.argmin(1)]
+    p = torch.softmax(-distance / 0.1, 1)
+    mean_p = p.mean(0)
+    expected = {"codebook": (nearest - flat.detach()).square().mean(), "commit": 0.25 * (nearest.detach() - flat).square().mean(),
+                "entropy": 0.03 * (-(p * p.log()).sum(1).mean() + (mean_p * (mean_p + 1e-5).log()).sum())}
+    assert torch.equal(ids.flatten(), distance.argmin(1))
+    assert torch.allclose(z_q.permute(0, 2, 3, 1).reshape(-1, 6).double(), nearest, atol=1e-6)
+    for name, value in expected.items():
+        assert torch.allclose(losses[name].double(), value, rtol=1e-4), name
+        for of in (z, q.codebook):
+            ours, plain = (torch.autograd.grad(x, of, retain_graph=True, allow_unused=True)[0] for x in (losses[name], value))
+            assert (ours is None) == (plain is None), f"{name} must move what its formula moves, and nothing else"
+            assert ours is None or torch.allclose(ours, plain, rtol=1e-3, atol=1e-7), name
+
+    pull = torch.randn_like(z_q)  # straight-through: the gradient at z_q is that at the normalized z
+    ours, = torch.autograd.grad((z_q * pull).sum(), z, retain_graph=True)
+    plain, = torch.autograd.grad((F.normalize(z, dim=1) * pull).sum(), z)
+    assert torch.allclose(ours, plain.to(ours.dtype), atol=1e-6)
+
+
+def test_entropy_in_chunks_is_the_plain_entropy():
+    torch.manual_seed(0)
+    raw = [torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (700, 2**14)]  # in chunks of 256
+    z, codes = (F.normalize(x, dim=1) for x in raw)
+    ours = entropy_loss(z, codes, 0.05)
+    p = torch.softmax(-torch.cdist(z, codes).square() / 0.05, 1)
+    plain = -(p * p.log()).sum(1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
+    assert torch.allclose(ours, plain)
+    for a, b in zip(torch.autograd.grad(ours, raw, retain_graph=True), torch.autograd.grad(plain, raw)):
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+def test_codes_are_searched_in_float32_under_autocast():
+    """In bfloat16 one vector in fifteen finds another code; of 2,048, none agreeing by chance is a certainty."""
+    torch.manual_seed(0)
+    q, z = Quantizer(1024, 8), torch.randn(2, 8, 32, 32)
+    plain = q(z)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(q(z)[1], plain)
+    rounded = F.normalize(z, dim=1).permute(0, 2, 3, 1).reshape(-1, 8).bfloat16() @ F.normalize(q.codebook, dim=1).bfloat16().T
+    assert (rounded.argmax(1) != plain.flatten()).any()
+
+
+def test_counts_are_true_and_taken_once():
+    model = FQGAN(FQGANConfig(**SMALL | dict(k=2))).train()
+    with torch.no_grad():
+        model(images_like(model.config, 3))
+        model.eval().encode(images_like(model.config))
+    counts = model.take_counts()
+    assert counts.sum(1).tolist() == [3 * 16] * 2 and model.take_counts().sum() == 0
+    share, perplexity = fqgan.usage(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [8, 0, 0, 0]]))
+    assert share.tolist() == [0.5, 1.0, 0.25] and np.allclose(perplexity, [2, 4, 1])
+
+
+def test_disentangle_loss():
+    x = torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1, 1).expand(2, 4, 3, 3)
+    y = torch.tensor([0, 2.0, 0, 0]).view(1, 4, 1, 1).expand(2, 4, 3, 3)
+    assert disentangle_loss([x]) == 0 and disentangle_loss([x, y]) == 0
+    assert disentangle_loss([x, x]) == 1 and disentangle_loss([x, -x]) == 1, "squared: opposite is not orthogonal"
+    assert math.isclose(disentangle_loss([x, y, x]), 1 / 3, rel_tol=1e-6)
+    z = [torch.randn(2, 5, 3, 3, dtype=torch.double) for _ in range(4)]
+    plain = np.mean([F.cosine_similarity(a, b, dim=1).square().mean() for a, b in itertools.combinations(z, 2)])
+    assert math.isclose(disentangle_loss(z), plain, rel_tol=1e-5)
+
+
+def test_adversary():
+    disc = fqgan.Discriminator()
+    assert disc(torch.randn(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    assert sorted(disc.state_dict())[:2] == ["main.0.bias", "main.0.weight"] and "main.11.weight" in disc.state_dict()
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    assert fqgan.hinge_loss(real, fake) == 0.5 * ((0 + 1) / 2 + (0 + 2) / 2)
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    config = FQGANConfig(**SMALL | dict(k=2))
+    model, images = FQGAN(config), torch.stack([load_data("shapes", 16, True)[i][0] for i in range(4)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(150):
+        reconstruction, losses = model(images)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        first = losses["reconstruct"].item() if step == 0 else first
+    assert losses["reconstruct"].item() < 0.05 * first
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(k=0), "k is 0"), (dict(image_size=250), "250 is not divisible by downsample 16: 240 is"), (dict(downsample=12), "power of two"),
+    (dict(channels=100), "multiples of norm_groups 32"), (dict(channel_mult=(1, 2)), "names 2 levels"), (dict(adapter_heads=7), "adapter_heads 7"),
+    (dict(downsample=4, patch_size=8), "multiple of patch_size 8"), (dict(entropy_temperature=0), "above 0")])
+def test_config_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        FQGANConfig(**options)
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+def test_shapes():
+    train, held_out = (load_data("shapes", 32, part) for part in (True, False))
+    image, label = train[13]
+    assert image.shape == (3, 32, 32) and image.min() >= -1 and image.max() <= 1 and image.dtype == torch.float32
+    assert train.classes[label] == "diamond" and len(set(train.classes)) == 10
+    assert torch.equal(load_data("shapes", 32, True)[13][0], image), "the same item is the same picture, always"
+    seen = {train[i][0].numpy().tobytes() for i in range(1000)}
+    assert len(seen) == 1000 and not seen & {held_out[i][0].numpy().tobytes() for i in range(300)}
+    small, large = (F.avg_pool2d(load_data("shapes", s, True)[3][0], s // 8) for s in (32, 64))
+    assert (small - large).abs().max() < 0.1, "rendered at another size it is the same figure"
+    with pytest.raises(IndexError):
+        train[len(train)]
+
+
+def test_every_kind_of_image_becomes_upright_rgb(tmp_path):
+    red = Image.new("RGB", (40, 20), (200, 30, 40))
+    red.save(tmp_path / "a_rgb.png")
+    red.convert("L").save(tmp_path / "b_gray.png")
+    red.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "c_palette.png")
+    red.convert("CMYK").save(tmp_path / "d_cmyk.jpg", quality=95)
+    Image.new("RGBA", (40, 20), (200, 30, 40, 0)).save(tmp_path / "e_transparent.png")
+    Image.fromarray(np.full((20, 40), 128 * 257, np.uint16)).save(tmp_path / "f_16bit.png")
+    turned = Image.new("RGB", (20, 40), "blue")
+    turned.paste("white", (0, 0, 20, 20))  # upper half; EXIF 6 says: turn by 90 degrees clockwise to view
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "g_turned.jpg", quality=95, exif=exif)
+    data = load_data(tmp_path, 16, False)
+    assert len(data) == 7 and data.classes == [tmp_path.name]
+    pixels = [((image.permute(1, 2, 0) + 1) * 127.5).round().int() for image, _ in data]
+    for i, expected in enumerate([(200, 30, 40), (82, 82, 82), (200, 30, 40), (200, 30, 40), (255, 255, 255), (128, 128, 128)]):
+        assert (pixels[i][8, 8] - torch.tensor(expected)).abs().max() <= 12, f"item {i}: {pixels[i][8, 8]}"
+    assert pixels[6][8, 1][0] < 60 and pixels[6][8, 14][0] > 200, "what was above is to the right after the turn"
+
+
+def make_folder(root, classes=2, each=60, size=(20, 24)):
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        (root / f"class {c}").mkdir(parents=True)
+        for i in range(each):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / f"class {c}" / f"{i:03d}.png")
+    return root
+
+
+def test_folders_are_split(tmp_path):
+    folder = make_folder(tmp_path / "all")
+    train, held_out = (load_data(folder, 16, part) for part in (True, False))
+    assert (len(train), len(held_out)) == (108, 12) and train.classes == ["class 0", "class 1"]
+    assert not {s[0] for s in train.source.samples} & {s[0] for s in held_out.source.samples}
+    assert "every tenth" in held_out.origin and held_out[11][1] == 1
+    few = load_data(folder / "class 0", 16, False)
+    assert len(few) == 60 and "too few" in few.origin, "a flat folder of one class, too small to hold any out"
+    for part, n in (("train", 5), ("val", 3)):
+        make_folder(tmp_path / "parts" / part, each=n)
+    assert [len(load_data(tmp_path / "parts", 16, part)) for part in (True, False)] == [10, 6]
+
+
+def test_crops():
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    image = Image.fromarray(ramp)
+    center = np.asarray(fqgan.crop_square(image, 50))
+    assert center.shape == (50, 50, 3) and abs(center[:, 0].mean() - 51) < 2 and abs(center[:, -1].mean() - 149) < 2
+    mirrored = np.asarray(fqgan.crop_square(image, 50, view=1, views=2))
+    assert np.array_equal(mirrored[:, ::-1], center)
+    ten = [np.asarray(fqgan.crop_square(image, 50, view=i, views=10)) for i in range(10)]
+    assert ten[1][0, 0, 0] < 3 and ten[2][0, -1, 0] > 196 and all(np.array_equal(a[:, ::-1], b) for a, b in zip(ten[:5], ten[5:]))
+    import random
+    widths = [np.ptp(np.asarray(fqgan.crop_square(image, 50, rng=random.Random(i)))[0, :, 0].astype(int)) for i in range(200)]
+    assert 76 <= min(widths) <= 83 and 95 <= max(widths) <= 101, "0.8 to 1.0 of the shorter side, 100 levels wide"
+
+
+def test_unreadable_images(tmp_path, capsys):
+    folder = make_folder(tmp_path / "f", classes=1, each=300)
+    victim = load_data(folder, 16, True).source.samples[7][0]
+    victim.write_bytes(victim.read_bytes()[:60])
+    data = load_data(folder, 16, True)
+    data.augment = False
+    for _ in range(2):
+        assert torch.equal(data[7][0], data[8][0]), "the next image stands in"
+    assert data.unreadable == 1 and capsys.readouterr().err.count(victim.name) == 1, "named once"
+    for path, _ in data.source.samples[20:40]:
+        path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="more than 1 %"):
+        [data[i] for i in range(60)]
+    with pytest.raises(UserError, match="more than 1 %"):  # raised in a worker process, it arrives as one line
+        try:
+            list(torch.utils.data.DataLoader(load_data(folder, 16, True), 10, num_workers=1))
+        except UserError as error:
+            assert str(error).strip().splitlines()[-1].startswith("fqgan.UserError: ")
+            raise
+
+
+def test_no_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    for name, message in (("empty", "holds no image"), ("file.txt", "is a file"), ("missing", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            load_data(str(tmp_path / name), 16, True)
+
+
+def test_order_is_the_same_on_any_number_of_ranks():
+    def batches(rank, world, first=0, accumulate=1):
+        run = type("Run", (), dict(rank=rank, world=world, seed=3, step=first, steps_total=9, batch_size=4, accumulate=accumulate))
+        return list(train_tokenizer.Order(10, run))
+    one = batches(0, 1)
+    assert [sorted(a + b) for a, b in zip(batches(0, 2), batches(1, 2))] == [sorted(b) for b in one]
+    assert batches(0, 1, first=5) == one[5:], "taken up at step 5"
+    assert [a + b for a, b in zip(batches(0, 1, accumulate=2)[::2], batches(0, 1, accumulate=2)[1::2])] == one
+    flat = [i for b in one for i, _ in b]
+    assert sorted(flat[:10]) == list(range(10)) and sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]
+
+
+# -----------------------------------------------------------------------------
+# GPT
+
+
+def small_gpt(k=2, **options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(k=k, vocab_size=11, num_classes=5, grid=3) | SMALL_GPT | options)).eval()
+    for output in model.outputs:  # they start at zero: nothing to compare
+        torch.nn.init.normal_(output.weight, std=0.5)
+    return model
+
+
+def test_gpt_starts_at_the_entropy_of_a_guess():
+    model = GPT(GPTConfig(k=3, vocab_size=11, num_classes=5, grid=3, **SMALL_GPT))
+    ids = torch.randint(11, (2, 3, 3, 3))
+    logits, loss = model(ids, torch.tensor([0, 4]))
+    assert logits.shape == (2, 3, 9, 11) and math.isclose(loss.item(), math.log(11), rel_tol=1e-5)
+    loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_gpt_loss_is_the_mean_cross_entropy():
+    model, ids = small_gpt(), torch.randint(11, (2, 2, 3, 3))
+    with torch.no_grad():
+        logits, loss = model(ids, torch.tensor([0, 1]))
+    by_hand = [-math.log(math.exp(logits[b, i, p, ids[b, i].flatten()[p]]) / sum(map(math.exp, logits[b, i, p].tolist())))
+               for b in range(2) for i in range(2) for p in range(9)]
+    assert math.isclose(loss.item(), sum(by_hand) / len(by_hand), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_gpt_is_causal(k):
+    """A changed code changes later logits, none before it, nor its own."""
+    model, ids, labels = small_gpt(k, head_layers=0 if k == 1 else 2), torch.randint(11, (1, k, 3, 3)), torch.tensor([2])
+    before = model(ids, labels)[0]
+    for i, p in itertools.product(range(k), (0, 4, 7)):
+        changed = ids.clone()
+        changed[0, i].view(-1)[p] = (changed[0, i].view(-1)[p] + 1) % 11
+        moved = (model(changed, labels)[0] - before).abs().amax(-1)[0] > 1e-6  # (k, positions)
+        assert not moved[:, :p].any() and not moved[:i + 1, p].any()
+        assert moved[i + 1:, p].all() and moved[:, p + 1].all()
+
+
+def test_rotary_table():
+    """Row half, column half, and a class token without query and key."""
+    table = fqgan.rotary_table(4, 8)
+    assert table.shape == (17, 4, 2) and not table[0].any()
+    row, column = 2, 3
+    angles = [row * 1.0, row * 10000 ** -0.5, column * 1.0, column * 10000 ** -0.5]
+    assert torch.allclose(table[1 + row * 4 + column], torch.tensor([[math.cos(a), math.sin(a)] for a in angles]), atol=1e-6)
+    x = torch.randn(1, 1, 1, 8)
+    turned = fqgan.rotate(x, table[12:13])
+    assert torch.allclose(turned[..., 1], x[..., 1] * table[12, 0, 0] + x[..., 0] * table[12, 0, 1], atol=1e-6)
+    assert not fqgan.rotate(x, table[:1]).any()
+
+
+def uncached(model, labels, cfg_scale, temperature, top_k, top_p, generator):
+    """Sampling as one would write it first: the whole model for every code."""
+    c, null = model.config, torch.full_like(labels, model.config.num_classes)
+    ids = torch.zeros(len(labels), c.k, c.grid, c.grid, dtype=torch.long)
+    for p, i in itertools.product(range(c.grid**2), range(c.k)):
+        logits = model(ids, labels)[0][:, i, p]
+        if cfg_scale[i] > 1:
+            without = model(ids, null)[0][:, i, p]
+            logits = without + cfg_scale[i] * (logits - without)
+        ids[:, i].view(len(labels), -1)[:, p] = fqgan.sample(logits, temperature[i], top_k[i], top_p[i], generator)
+    return ids
+
+
+@pytest.mark.parametrize("k, head_layers", [(1, 0), (1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_cached_sampling_is_uncached_sampling(k, head_layers, cfg_scale):
+    model, labels = small_gpt(k, head_layers=head_layers), torch.tensor([0, 3, 3])
+    knobs = [cfg_scale] * k, [1.0] * k, [0] * k, [1.0] * k
+    with torch.no_grad():
+        plain = uncached(model, labels, *knobs, torch.Generator().manual_seed(1))
+    ours = model.generate(labels, cfg_scale, generator=torch.Generator().manual_seed(1))
+    assert ours.shape == (3, k, 3, 3) and torch.equal(ours, plain)
+    again = model.generate(labels, cfg_scale, generator=torch.Generator().manual_seed(1))
+    other = model.generate(labels, cfg_scale, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(again, ours) and not torch.equal(other, ours)
+
+
+def test_knobs_of_each_code():
+    model, labels = small_gpt(3), torch.arange(5)
+    knobs = [1.0, 3.0, 1.5], [1.0, 0.0, 0.7], [0, 0, 4], [0.8, 1.0, 1.0]
+    with torch.no_grad():
+        plain = uncached(model, labels, *knobs, torch.Generator().manual_seed(1))
+    assert torch.equal(model.generate(labels, *knobs, generator=torch.Generator().manual_seed(1)), plain)
+    greedy = model.generate(labels, 2.0, temperature=0)
+    assert torch.equal(greedy, model.generate(labels, 2.0, top_k=1)), "one code left is the likeliest"
+    model.train()
+    assert torch.equal(model.generate(labels, 2.0, temperature=0), greedy) and model.training, "dropout is off, the mode is given back"
+    for bad in (dict(cfg_scale=[1.0, 2.0]), dict(temperature=-1), dict(top_p=0.0), dict(top_k=[1, 2, 3, 4])):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            model.generate(labels, **bad)
+    with pytest.raises(UserError, match="labels run from 6"):
+        model.generate(torch.tensor([6]))
+
+
+def test_sample_one_token():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+
+    def shares(**knobs):
+        return torch.bincount(fqgan.sample(p, generator=torch.Generator().manual_seed(0), **knobs), minlength=4) / 4000
+    assert torch.allclose(shares(), p[0].exp(), atol=0.03)
+    assert torch.allclose(shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
+    assert torch.allclose(shares(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03), "the one that crosses p is kept"
+    assert torch.allclose(shares(temperature=0.5), F.normalize(p[0].exp() ** 2, p=1, dim=0), atol=0.03)
+    assert shares(temperature=0)[0] == 1
+
+
+def test_null_class_replaces_labels_in_training():
+    model = small_gpt(1, label_dropout=0.5, dropout=0.0).train()
+    ids = torch.randint(11, (1, 1, 3, 3)).expand(400, -1, -1, -1)
+    labels = torch.full((400,), 2)
+    logits = model(ids, labels)[0][:, 0, 0]
+    null = model.eval()(ids[:1], torch.tensor([5]))[0][0, 0, 0]
+    share = torch.isclose(logits, null, atol=1e-5).all(1).float().mean()
+    assert 0.4 < share < 0.6
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(k=3, head_layers=0), "at least 1 block"), (dict(n_embd=100), "multiple of 4 x n_head"), (dict(dropout=1.0), "dropout is 1.0")])
+def test_gpt_config_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        GPTConfig(**options)
+
+
+# -----------------------------------------------------------------------------
+# Scripts
+
+
+def test_both_scripts_make_what_they_say(trained, capsys):
+    out = trained
+    assert sorted(p.name for p in out.iterdir()) == ["gpt.pt", "gpt_log.csv", "log.csv", "recon.png", "samples.png", "tokenizer.pt",
+                                                      "tokens_train.json", "tokens_train.npy", "tokens_val.json", "tokens_val.npy"]
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [r["step"] for r in rows] == ["1", "2", "2", "3", "4", "4"] and float(rows[-1]["val_psnr"]) > 3
+    assert all(math.isclose(float(r["loss"]), sum(float(r[n]) for n in ("reconstruct", "codebook", "commit", "entropy", "disentangle")), rel_tol=1e-3)
+               for r in rows if r["loss"])
+    model = fqgan.load_tokenizer(out / "tokenizer.pt")
+    assert not model.training and model.config.k == 2 and Image.open(out / "recon.png").height > 4 * 96
+    gpt, tokenizer, classes = fqgan.load_generator(out / "gpt.pt")
+    assert gpt.config.num_classes == 10 and classes[4] == "star" and gpt.config.grid == 4
+    data = load_data("shapes", 16, False)
+    images = torch.stack([data[i][0] for i in range(8)])
+    ids = model.encode(images)
+    assert torch.equal(ids, tokenizer.encode(images)), "the GPT's checkpoint holds its tokenizer"
+    tokens = np.load(out / "tokens_val.npy")
+    assert tokens["ids"].dtype == np.uint8 and tokens["done"].all() and np.array_equal(tokens["ids"][:8, 0], ids.numpy())
+    assert tokens["label"][:10].tolist() == list(range(10))
+
+
+def interrupted_after(monkeypatch, saves):
+    """Makes the run die right after its n-th checkpoint, as a power cut would."""
+    save, left = train_tokenizer.save_checkpoint, itertools.count(saves - 1, -1)
+
+    def save_and_die(*args):
+        save(*args)
+        if next(left) == 0:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train_tokenizer, "save_checkpoint", save_and_die)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[n], b[n]) for n in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("script, options", [
+    (train_tokenizer, ["--k", 2, "--disc-start", 2, "--ema", 0.9, "--accumulate", 2, "--log-every", 3, "--warmup", 2, "--final-lr", 0.1]),
+    (train_gpt, ["--ema", 0.9, "--dropout", 0.1, "--crops", 2])])
+def test_resumed_is_unbroken(script, options, tmp_path, trained, monkeypatch):
+    """Weights, both optimizers, moving average, log: to the bit, also when the log's window was cut in two."""
+    if script is train_gpt:
+        options = [*options, "--tokenizer", trained / "tokenizer.pt"]
+    name, log = ("tokenizer.pt", "log.csv") if script is train_tokenizer else ("gpt.pt", "gpt_log.csv")
+    flags = [*(TINY_RUN if script is train_tokenizer else TINY_GPT_RUN), *options]
+    call(script, "--out", tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_after(patch, 1)
+        call(script, "--out", tmp_path / "cut", *flags)
+    (tmp_path / "cut" / log).open("a").write("3,0.1\n")  # a row written after the checkpoint that the run goes back to
+    call(script, "--out", tmp_path / "cut", "--resume")
+    whole, cut = (torch.load(tmp_path / f / name, weights_only=True) for f in ("whole", "cut"))
+    for part in whole.keys() - {"settings"}:
+        assert same(whole[part], cut[part]), part
+    assert (tmp_path / "whole" / log).read_text() == (tmp_path / "cut" / log).read_text()
+
+
+def test_resume_and_overwrite(tmp_path, trained):
+    flags = ["--k", 1, "--out", tmp_path, *TINY_RUN]
+    call(train_tokenizer, *flags)
+    before = (tmp_path / "tokenizer.pt").read_bytes()
+    for argv, message in [(flags, "--resume continues that run, --overwrite replaces it"),
+                          (["--out", tmp_path, "--resume"], "already at step 4 of 4"),
+                          ([*flags, "--resume", "--lr", 0.5], r"--lr 0.001 \(now 0.5\)"),
+                          (["--out", tmp_path / "none", "--resume"], "no tokenizer checkpoint at")]:
+        with pytest.raises(UserError, match=message):
+            call(train_tokenizer, *argv)
+    assert (tmp_path / "tokenizer.pt").read_bytes() == before, "nothing is overwritten unless told so"
+    call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", 6)
+    assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 6
+    call(train_tokenizer, *flags, "--overwrite")
+    assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 4
+
+
+def test_two_ranks_are_one(tmp_path):
+    """
+    The same global batch gives the same weights. Off for it is what is computed on a rank's own batch: the entropy of
+    the mean assignment (as in the official code) and the discriminator's BatchNorm.
+    """
+    flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0]
+    one = shell(*flags, "--out", tmp_path / "one")
+    two = shell(*flags, "--out", tmp_path / "two", ranks=2)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    a, b = (torch.load(tmp_path / n / "tokenizer.pt", weights_only=True)["model"] for n in ("one", "two"))
+    assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+    rows = [list(csv.DictReader(open(tmp_path / n / "log.csv"))) for n in ("one", "two")]
+    assert len(rows[0]) == len(rows[1])
+    for x, y in zip(*rows):  # the codes' counts are added up over the ranks
+        assert x["step"] == y["step"] and all(math.isclose(float(x[n]), float(y[n]), rel_tol=0.05) for n in x if x[n])
+
+    gpt = ["train_gpt.py", *TINY_GPT_RUN, "--tokenizer", tmp_path / "one" / "tokenizer.pt", "--label-dropout", 0]
+    one = shell(*gpt, "--out", tmp_path / "one")
+    two = shell(*gpt, "--out", tmp_path / "two", ranks=2)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert np.array_equal(*(np.load(tmp_path / n / "tokens_train.npy") for n in ("one", "two"))), "each encodes its share"
+    a, b = (torch.load(tmp_path / n / "gpt.pt", weights_only=True)["model"] for n in ("one", "two"))
+    assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
+    flags = [sys.executable, "-u", "train_tokenizer.py", "--k", "2", "--out", str(tmp_path), *TINY_RUN, "--steps", "100000", "--eval-every", "100000"]
+    process = subprocess.Popen(flags, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "" and "--resume goes on from here" in out
+    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert state["step"] >= 3
+    call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", state["step"] + 2)
+
+
+def test_token_cache(tmp_path, trained):
+    """Cut off, it is finished; of another tokenizer, data or number of crops, it is refused."""
+    flags = [*TINY_GPT_RUN, "--tokenizer", trained / "tokenizer.pt", "--out", tmp_path, "--data", make_folder(tmp_path / "images")]
+    call(train_gpt, *flags)
+    whole = np.load(tmp_path / "tokens_train.npy")
+    assert len(whole) == 108
+    cut = np.load(tmp_path / "tokens_train.npy", mmap_mode="r+")
+    cut[50:] = 0
+    cut.flush()
+    (tmp_path / "gpt.pt").unlink()
+    call(train_gpt, *flags)
+    assert np.array_equal(np.load(tmp_path / "tokens_train.npy"), whole)
+    for change, message in (["--crops", 2], "another crops"), (["--data", "shapes"], "another .*data"):
+        (tmp_path / "gpt.pt").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=message):
+            call(train_gpt, *flags, *change)
+    call(train_gpt, *flags, "--crops", 2, "--overwrite")
+    two = np.load(tmp_path / "tokens_train.npy")
+    assert two["ids"].shape[1] == 2 and np.array_equal(two["ids"][:, 0], whole["ids"][:, 0]) and (two["ids"][:, 1] != two["ids"][:, 0]).any()
+
+
+def test_sample_grid_and_files(tmp_path, trained, capsys):
+    flags = ["--gpt", trained / "gpt.pt", "--device", "cpu", "--dtype", "float32"]
+    call(sample, *flags, "--out", tmp_path / "grid.png", "--classes", "star,0", "--n", 6, "--top-k", "5,8")
+    assert Image.open(tmp_path / "grid.png").height == 4 + 2 * 100
+    files = tmp_path / "files"
+    call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5)
+    names = sorted(p.name for p in files.glob("*.png"))
+    assert len(names) == 23 and names[12] == "000012_class2.png"
+    pixels = {n: (files / n).read_bytes() for n in names}
+    for n in names[7:9]:
+        (files / n).unlink()
+    capsys.readouterr()
+    call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--npz", tmp_path / "all.npz", "--out", files)
+    assert "4 of 5 batches are there" in capsys.readouterr().out
+    assert pixels == {n: (files / n).read_bytes() for n in names}, "made again, they come out the same"
+    packed = np.load(tmp_path / "all.npz")["arr_0"]
+    assert packed.shape == (23, 16, 16, 3) and packed.dtype == np.uint8 and np.array_equal(packed[12], np.asarray(Image.open(files / names[12])))
+    with pytest.raises(UserError, match=r"samples made with --seed 0 \(now 1\)"):
+        call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--seed", 1)
+    ranks = shell("sample.py", *flags, "--out", tmp_path / "ranks", "--n", 23, "--batch-size", 5, ranks=2)
+    assert ranks.returncode == 0, ranks.stderr
+    assert pixels == {p.name: p.read_bytes() for p in (tmp_path / "ranks").glob("*.png")}, "no gaps, no doubles, the same pictures"
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path, trained):
+    good = (trained / "tokenizer.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    state = torch.load(trained / "tokenizer.pt", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"codebook_size": 64}}, tmp_path / "other.pt")
+    torch.save(state | {"config": state["config"] | {"colour": "red"}}, tmp_path / "newer.pt")
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'touched'}",)
+    torch.save({"kind": "tokenizer", "model": Hostile()}, tmp_path / "hostile.pt")
+    for name, message in (("cut", "damaged, cut off"), ("text", "damaged"), ("list", "not a tokenizer checkpoint"), ("other", "do not fit"),
+                          ("newer", "do not fit"), ("hostile", "damaged"), ("missing", "python train_tokenizer.py")):
+        with pytest.raises(UserError, match=message) as error:
+            fqgan.load_tokenizer(tmp_path / f"{name}.pt")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "touched").exists()
+    with pytest.raises(UserError, match="not a tokenizer checkpoint but a gpt's"):
+        fqgan.load_tokenizer(trained / "gpt.pt")
+    with pytest.raises(UserError, match="not a gpt checkpoint but a tokenizer's"):
+        fqgan.load_gpt(trained / "tokenizer.pt")
+
+
+def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    fqgan.save_checkpoint(tmp_path / "x.pt", {"step": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        fqgan.save_checkpoint(tmp_path / "x.pt", {"step": 2})
+    assert torch.load(tmp_path / "x.pt", weights_only=True) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("script, argv, message", [
+    (train_tokenizer, ["--k", "0"], "k is 0"),
+    (train_tokenizer, ["--k", "three"], "argument --k: invalid int value: 'three'"),
+    (train_tokenizer, ["--preset", "huge"], "invalid choice: 'huge'"),
+    (train_tokenizer, ["--image-size", "30"], "not divisible by downsample 4: 28 is"),
+    (train_tokenizer, ["--data", "nowhere"], "no such folder"),
+    (train_tokenizer, ["--batch-size", "30000"], "20000 images are fewer than one batch"),
+    (train_tokenizer, ["--batch-size", "9", "--accumulate", "2"], "not divisible"),
+    (train_tokenizer, ["--lr", "-1"], "--lr is -1.0"),
+    (train_tokenizer, ["--dtype", "int8"], "choose float32, bfloat16 or auto"),
+    (train_tokenizer, ["--device", "tpu9"], "not usable here"),
+    (train_tokenizer, ["--k", "2", "--colour", "red"], "unrecognized arguments: --colour red"),
+    (train_tokenizer, ["--channel-mult", "1,x"], "argument --channel-mult: invalid"),
+    (train_gpt, [], "python train_tokenizer.py"),
+    (train_gpt, ["--crops", "3"], "choose 1, 2 or 10"),
+    (train_gpt, ["--tokenizer", "README.md"], "README.md cannot be read as a checkpoint"),
+    (sample, ["--gpt", "nothing.pt"], "python train_gpt.py"),
+    (sample, ["--n", "0"], "at least 1"),
+    (sample, ["--top-k", "a"], "argument --top-k: invalid")])
+def test_a_mistake_gets_one_line(script, argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("hello")
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        train_tokenizer.cli(script.main)
+    assert isinstance(stop.value.code, str) and message in stop.value.code and "\n" not in stop.value.code
+    assert not [p for p in tmp_path.rglob("*.pt")], "nothing is written"
+
+
+def test_more_mistakes(tmp_path, trained):
+    (tmp_path / "file").write_text("x")
+    for script, argv, message in [
+            (train_tokenizer, ["--out", tmp_path / "file"], "cannot be made into a folder"),
+            (sample, ["--gpt", trained / "gpt.pt", "--classes", "10"], "no class '10'; there are 0 to 9"),
+            (sample, ["--gpt", trained / "gpt.pt", "--cfg-scale", "1,2,3"], "cfg_scale has 3 values; give one, or 2"),
+            (sample, ["--gpt", trained / "tokenizer.pt"], "not a gpt checkpoint")]:
+        with pytest.raises(UserError, match=message):
+            call(script, *argv)
+    call(train_tokenizer, "--k", 3, "--out", tmp_path / "k3", *TINY_RUN)
+    with pytest.raises(UserError, match="trained for k 2, the tokenizer .* has k 3"):
+        call(sample, "--gpt", trained / "gpt.pt", "--tokenizer", tmp_path / "k3" / "tokenizer.pt")
+    result = shell("train_tokenizer.py", "--k", 0)
+    assert result.returncode == 1 and result.stderr == "train_tokenizer.py: k is 0; it must be at least 1\n" and result.stdout == ""

@@ -1,0 +1,193 @@
+"""
+Trains the factorized GPT on a tokenizer's codes into out/gpt.pt, with out/samples.png and out/gpt_log.csv beside it.
+The images are encoded once, into out/tokens_train.npy and out/tokens_val.npy.
+
+$ python train_gpt.py                                                    # after `python train_tokenizer.py --k 3`
+$ torchrun --nproc-per-node=8 train_gpt.py --tokenizer out/tokenizer.pt --data imagenet/ --preset far-b --crops 10
+"""
+
+import copy
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fqgan import GPT, GPTConfig, UserError, flag, load_data, load_tokenizer, save_grid
+from train_tokenizer import Run, TrainConfig, cli, parse, per_code, pick
+
+# The far presets are the paper's recipe (sec. 4.1 and the official training script).
+FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
+PRESETS = {
+    "tiny": dict(n_layer=6, n_head=4, n_embd=256, head_layers=2, dropout=0.0, steps=1500, batch_size=64, lr=1e-3, warmup=100,
+                 final_lr=0.0, workers=0, eval_every=500),
+    "far-b": FAR,
+    "far-l": FAR | dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
+}
+
+
+@dataclass
+class TokenConfig:
+    tokenizer: str = flag("", "the tokenizer's checkpoint; empty: tokenizer.pt in --out")
+    crops: int = flag(1, "views of each training image: 1 (center), 2 (and its mirror image), 10 (five places, mirrored)")
+    cfg_scale: float = flag(2.0, "guidance of the sample pictures")
+
+
+class Tokens(torch.utils.data.Dataset):
+    """
+    The codes of a data set, one record an image: `label`, `ids` (crops, k, h, w) in the smallest integer type that
+    fits, `done`. Items are (ids (k,h,w) int64, label); of the crops, the one that the draw of (index, draw) picks.
+
+    A .npy file, memory-mapped, with the fingerprint of tokenizer and data in a .json beside it. Encoding that was cut
+    off goes on where it stopped; a file made with another tokenizer or data is refused, or with `overwrite` made anew.
+    Under torchrun every rank encodes its share, into one file on a disk that all of them see.
+    """
+
+    def __init__(self, path, data, tokenizer, crops, run):
+        self.origin, c = data.origin, tokenizer.config
+        kind = np.dtype([("label", np.int32), ("done", np.bool_), ("ids", np.min_scalar_type(c.codebook_size - 1), (crops, c.k, c.grid, c.grid))])
+        weights = hashlib.sha256()
+        for name, tensor in sorted(tokenizer.state_dict().items()):
+            weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        names = "\n".join(str(s[0]) for s in getattr(data.source, "samples", []))
+        made_of = {"tokenizer": weights.hexdigest(), "data": data.origin, "images": len(data), "image_size": c.image_size, "crops": crops,
+                   "names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()}
+        note = path.with_suffix(".json")
+        if run.rank == 0:
+            known = json.loads(note.read_text()) if note.is_file() and path.is_file() else None
+            other = [n for n in made_of if known and known.get(n) != made_of[n]]
+            if other and not run.overwrite:
+                raise UserError(f"{path} was made with another {' and '.join(other)}: --overwrite encodes again, --out FOLDER leaves it alone")
+            if other or not known:
+                np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
+                note.write_text(json.dumps(made_of, indent=1))
+        if run.world > 1:
+            dist.barrier()
+        self.records = np.load(path, mmap_mode="r+")
+        self.encode(data, tokenizer, crops, run)
+
+    @torch.no_grad()
+    def encode(self, data, tokenizer, crops, run):
+        todo = [i for i in range(run.rank, len(data), run.world) if not self.records["done"][i]]
+        if todo:
+            run.say(f"encoding {data.origin}: {len(todo) * run.world} of {len(data)} images x {crops}")
+        views = Views(data, crops)
+        per_batch = max(1, 256 // crops)
+        batches = [todo[i:i + per_batch] for i in range(0, len(todo), per_batch)]
+        for batch, (images, labels) in zip(batches, run.loader(views, batches)):
+            with run.autocast():
+                ids = tokenizer.encode(images.flatten(0, 1).to(run.device)).cpu().numpy()
+            self.records["ids"][batch] = ids.reshape(len(batch), crops, *ids.shape[1:])
+            self.records["label"][batch] = labels
+            self.records["done"][batch] = True
+        self.records.flush()
+        if run.world > 1:
+            dist.barrier()
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        index, draw = index if isinstance(index, tuple) else (index, "")
+        record = self.records[index]
+        view = int.from_bytes(hashlib.sha256(f"{index} {draw}".encode()).digest()[:4], "little") % len(record["ids"]) if draw else 0
+        return torch.from_numpy(record["ids"][view].astype(np.int64)), int(record["label"])
+
+
+class Views(torch.utils.data.Dataset):
+    """Items are (all the crops of an image (crops,3,H,W), label)."""
+
+    def __init__(self, data, crops):
+        self.data, self.crops = data, crops
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        views, labels = zip(*(self.data.view(index, view=i, views=self.crops) for i in range(self.crops)))
+        return torch.stack(views), labels[0]
+
+
+@torch.no_grad()
+def evaluate(model, tokens, run):
+    """Cross-entropy in nats per code, of each sub-codebook and their mean, on eval_images held-out images."""
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(model.config.k + 1, dtype=torch.double, device=run.device)
+    for ids, labels in run.evaluation_batches(tokens):
+        with run.autocast():
+            logits, _ = model(ids, labels)
+        each = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(len(ids), model.config.k, -1)
+        total += torch.cat([each.mean(2).double().sum(0), total.new_tensor([len(ids)])])
+    if run.world > 1:
+        dist.all_reduce(total)
+    model.train(was_training)
+    losses = total[:-1] / total[-1]
+    return {"val_loss": float(losses.mean())} | per_code("val_loss", losses)
+
+
+def sample_grid(path, model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
+    """A row of samples for each of the first `most` classes."""
+    shown = range(min(most, len(classes)))
+    labels = torch.tensor([c for c in shown for _ in range(columns)], device=run.device)
+    with run.autocast():
+        ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed))
+        images = tokenizer.decode(ids)
+    save_grid(path, [(classes[c], images[c * columns:(c + 1) * columns]) for c in shown])
+
+
+def main():
+    settings, checkpoint = parse(__doc__, PRESETS, "gpt.pt", "gpt", GPTConfig, TrainConfig, TokenConfig)
+    if settings["crops"] not in (1, 2, 10):
+        raise UserError(f"--crops {settings['crops']}: choose 1, 2 or 10")
+    run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
+    tokenizer = load_tokenizer(settings["tokenizer"] or run.path.parent / "tokenizer.pt", run.device)
+    t = tokenizer.config
+    sources = [load_data(run.data, t.image_size, train) for train in (True, False)]
+    classes = sources[0].classes
+    config = pick(GPTConfig, settings | dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes)))
+
+    model = GPT(config).to(run.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if run.ema else None
+    matrices, vectors = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)],
+                                  lr=run.lr, betas=(0.9, 0.95), fused=True)
+    run.track(model=model, ema=ema, optimizer=optimizer)
+    run.prepare(sources[0])
+    run.say(f"GPT: {config.n_layer} blocks of width {config.n_embd}, a head of {config.head_layers}, k={config.k} codes of {config.vocab_size} "
+            f"at {config.grid}x{config.grid} positions, {config.num_classes} classes, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    tokens, held_out = (Tokens(run.path.parent / f"tokens_{name}.npy", data, tokenizer, crops, run)
+                        for name, data, crops in zip(("train", "val"), sources, (settings["crops"], 1)))
+    run.say(f"data: {tokens.origin}: {len(tokens)} images; held out: {held_out.origin}: {len(held_out)}")
+    run.describe()
+    parallel_model = run.parallel(model)
+
+    columns = ["loss", "cross_entropy", "val_loss"] + [f"val_loss_{i + 1}" for i in range(config.k)]
+    for _ in run.loop(tokens, [optimizer]):
+        for ids, labels in run.micro_batches():
+            with run.autocast():
+                _, loss = parallel_model(ids, labels)
+            (loss / run.accumulate).backward()
+            run.record({"cross_entropy": loss})
+        run.update(model, optimizer)
+        run.average(ema, model)
+        run.log(columns)
+
+        if run.due:
+            best = ema or model
+            figures = evaluate(best, held_out, run)
+            run.log(columns, figures)
+            run.say(f"step {run.step}/{run.steps_total}  held out: cross-entropy {figures['val_loss']:.4f} nats a code, of the sub-codebooks "
+                    + " ".join(f"{figures[f'val_loss_{i + 1}']:.3f}" for i in range(config.k)))
+            if run.rank == 0:
+                sample_grid(run.path.parent / "samples.png", best, tokenizer, classes, settings["cfg_scale"], run)
+            run.save(config=asdict(config), classes=classes, tokenizer={"config": asdict(t), "model": tokenizer.state_dict()})
+    run.finish(f"{run.path}, {run.path.parent / 'samples.png'} (look at it), {run.path.parent / 'gpt_log.csv'}", "python sample.py")
+
+
+if __name__ == "__main__":
+    cli(main)

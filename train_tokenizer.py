@@ -1,0 +1,566 @@
+"""
+Trains the factorized tokenizer into out/tokenizer.pt, with out/recon.png and out/log.csv beside it.
+
+$ python train_tokenizer.py --k 3                                        # built-in shapes, minutes on a laptop
+$ python train_tokenizer.py --data photos/ --preset fqgan-ds16           # the paper's recipe, on one GPU
+$ torchrun --nproc-per-node=8 train_tokenizer.py --data imagenet/ --preset fqgan-ds16
+"""
+
+import argparse
+import copy
+import csv
+import hashlib
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from fqgan import (FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_loss, load_checkpoint, load_data, psnr,
+                   save_checkpoint, save_grid, usage)
+
+# The fqgan presets are the paper's recipe (sec. 4.1 and the official training script), which is the flags' defaults.
+PRESETS = {
+    "tiny": dict(image_size=32, downsample=4, patch_size=2, channels=64, channel_mult=(1, 2), res_blocks=1, z_channels=64,
+                 codebook_size=256, adapter_depth=1, adapter_width=128, adapter_heads=4, disc_weight=0.0,
+                 steps=2000, batch_size=64, lr=1e-3, warmup=100, final_lr=0.0, workers=0, eval_every=500),
+    "fqgan-ds16": dict(downsample=16),
+    "fqgan-ds8": dict(downsample=8),
+}
+
+
+# -----------------------------------------------------------------------------
+# What all scripts share: errors, flags, devices
+
+
+def cli(main):
+    """Runs a script's main(); a UserError becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UserError as error:  # a data loader's worker sends its whole traceback along: keep the last line
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('fqgan.UserError: ')}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its complaints cut to one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def start(device="auto", seed=0):
+    """
+    One start-up for every machine. Under torchrun joins the process group (nccl on GPUs, else gloo).
+
+    Returns (device, rank, world size), the device being the best there is of cuda, mps and cpu unless named.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
+    torch.manual_seed(seed)
+    return device, rank, world
+
+
+def has_fast_bf16(device):
+    """Whether bfloat16 is computed in hardware: on CPUs without it, emulation is several times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capable = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+# -----------------------------------------------------------------------------
+# What a training run is given
+
+
+@dataclass
+class TrainConfig:
+    """What a training run needs besides its model; the tokenizer's and the GPT's alike."""
+
+    data: str = flag("shapes", "`shapes`, a folder of (class folders of) images, or a torchvision name such as cifar10")
+    out: str = flag("out", "folder for the checkpoint, log.csv and pictures")
+    steps: int = flag(0, "optimizer steps; 0: from --epochs")
+    epochs: float = flag(40.0, "passes over the data, where --steps is 0")
+    batch_size: int = flag(256, "images a step, over all processes and --accumulate")
+    accumulate: int = flag(1, "micro-batches a step is computed in, one after the other, to save memory")
+    lr: float = flag(2e-4, "learning rate")
+    warmup: int = flag(0, "steps over which the learning rate rises from 0")
+    final_lr: float = flag(1.0, "share of --lr that a cosine decay ends at; 1 for no decay")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
+    ema: float = flag(0.0, "decay of an exponential moving average of the weights, used where there is one; 0 for none")
+    seed: int = flag(0, "seed of weights, order of data, crops and dropout")
+    device: str = flag("auto", "cuda, mps, cpu, ...; auto: the best there is")
+    dtype: str = flag("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it")
+    compile: bool = flag(False, "compile the model")
+    workers: int = flag(8, "processes that load data; 0: none besides the main one")
+    log_every: int = flag(50, "steps between progress lines and rows of log.csv")
+    eval_every: int = flag(2500, "steps between evaluations, each with a picture and a checkpoint")
+    eval_images: int = flag(2000, "held-out images to evaluate on, at most")
+    resume: bool = flag(False, "continue the run in --out exactly where it stopped; flags not given are taken from it")
+    overwrite: bool = flag(False, "replace another run's checkpoint in --out; with --resume: accept changed flags")
+    tensorboard: bool = flag(False, "also write TensorBoard events to --out (needs the package tensorboard)")
+
+
+# A run may be resumed with other values of these without becoming another run.
+FREE = {"out", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
+
+
+def parse(doc, presets, filename, kind, *groups):
+    """
+    The command line of a training script: a flag for every field of the dataclasses `groups`, over the preset's values,
+    over the defaults; with --resume, over the checkpoint's.
+
+    Returns (settings dict, the checkpoint to resume or None).
+    """
+    parser = Parser(doc)
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=presets, default=argparse.SUPPRESS,
+                        help=f"values for the flags that are not given; each may be overridden (default: {first})")
+    every = {f.name: f for group in groups for f in fields(group)}
+    for name, f in every.items():
+        shown = "".join(f"; {p}: {values[name]}" for p, values in presets.items() if values.get(name, f.default) != f.default)
+        options = dict(dest=name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default}{shown})".replace("%", "%%"))
+        if f.type is bool:
+            options["action"] = "store_true"
+        elif f.type in (int, float, str):
+            options["type"] = f.type
+        else:
+            options["type"] = lambda text: tuple(int(n) for n in text.split(",") if n)
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    given = vars(parser.parse_args())
+    preset = presets[given.pop("preset")] if "preset" in given else {}
+    settings = {name: f.default for name, f in every.items()} | (preset or presets[first]) | given
+
+    path, checkpoint = Path(settings["out"]) / filename, None
+    if settings["resume"]:
+        checkpoint = load_checkpoint(path, kind)
+        saved = checkpoint["settings"]
+        changed = {n: v for n, v in (preset | given).items() if n not in FREE and saved.get(n) != v}
+        if changed and not settings["overwrite"]:
+            raise UserError(f"{path} was made with " + ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} (now {v})" for n, v in changed.items())
+                            + ": leave these out to continue it, add --overwrite to continue with the new values, or choose another --out")
+        settings |= {n: v for n, v in saved.items() if n in every and n not in given and n not in preset}
+        settings |= {n: given.get(n, False) for n in ("resume", "overwrite")}
+    elif path.exists() and not settings["overwrite"]:
+        raise UserError(f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
+    for name, low in dict(steps=0, batch_size=1, accumulate=1, warmup=0, workers=0, log_every=1, eval_every=1, eval_images=1,
+                          lr=0, epochs=0, final_lr=0, grad_clip=0, ema=0).items():
+        if not settings[name] >= low:
+            raise UserError(f"--{name.replace('_', '-')} is {settings[name]}; it must be at least {low}")
+    if settings["dtype"] not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {settings['dtype']}: choose float32, bfloat16 or auto")
+    if settings["ema"] >= 1:
+        raise UserError(f"--ema is {settings['ema']}; a decay is below 1, such as 0.999")
+    return settings, checkpoint
+
+
+def pick(group, settings):
+    """The dataclass `group` filled from a dict that holds more."""
+    return group(**{f.name: settings[f.name] for f in fields(group)})
+
+
+# -----------------------------------------------------------------------------
+# The machinery of a run
+
+
+class Order:
+    """
+    The endless order of training data, a batch sampler: every epoch a permutation of its own, cut into batches that may
+    straddle epochs, each dealt to the ranks in turn. A function of (seed, step) alone, so that a run can be taken up
+    at any step, on any number of ranks, and sees the same batches. Items are (index, draw), see ImageData.
+    """
+
+    def __init__(self, size, run):
+        self.size, self.run, self.first = size, run, run.step
+
+    def epoch(self, number):
+        return np.random.default_rng([self.run.seed, number]).permutation(self.size)
+
+    def __iter__(self):
+        run, known = self.run, {}
+        for step in range(self.first, run.steps_total):
+            items = []
+            for position in range(step * run.batch_size + run.rank, (step + 1) * run.batch_size, run.world):
+                number, offset = divmod(position, self.size)
+                if number not in known:
+                    known = {n: known[n] for n in known if n >= number - 1} | {number: self.epoch(number)}
+                items.append((int(known[number][offset]), f"{run.seed} {number}"))
+            micro = len(items) // run.accumulate
+            for i in range(run.accumulate):
+                yield items[i * micro:(i + 1) * micro]
+
+
+class Run:
+    """
+    The loop's machinery, the same for the tokenizer and the GPT: ranks, order of data, learning rate, log, checkpoints.
+
+    Of `settings` it takes the fields of TrainConfig as attributes; `path` is the checkpoint's. The parts given to
+    `track` (name -> anything with a state_dict) are what a checkpoint holds, and are restored when resuming.
+    """
+
+    def __init__(self, settings, checkpoint, filename, kind, log="log.csv"):
+        self.settings, self.checkpoint, self.kind = settings, checkpoint, kind
+        vars(self).update({f.name: settings[f.name] for f in fields(TrainConfig)})
+        self.device, self.rank, self.world = start(self.device, self.seed)
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if has_fast_bf16(self.device) else "float32"
+        if self.batch_size % (self.world * self.accumulate):
+            raise UserError(f"--batch-size {self.batch_size} is not divisible by {self.world} processes x --accumulate {self.accumulate}")
+        self.path = Path(self.out) / filename
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.out}: cannot be made into a folder ({error.strerror})") from None
+        self.log_path = self.path.parent / log
+        self.step, self.steps_total, self.began = 0, self.steps, time.time()
+        self.parts, self.parallel_parts, self.window = {}, [], {}
+        self.interrupted, self.fresh_log, self.events = False, True, None
+        if self.tensorboard and self.rank == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+                self.events = SummaryWriter(self.out)
+            except ImportError:
+                raise UserError("--tensorboard needs the package: pip install tensorboard") from None
+
+    def say(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def track(self, **parts):
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        if self.checkpoint:
+            missing = [n for n in self.parts if n not in self.checkpoint]
+            if missing:
+                raise UserError(f"{self.path} does not hold {', '.join(missing)}: it was made without; it cannot be resumed with")
+            for name, part in self.parts.items():
+                try:
+                    part.load_state_dict(self.checkpoint[name])
+                except (RuntimeError, ValueError, KeyError) as error:
+                    raise UserError(f"{self.path}: {name} does not fit ({' '.join(str(error).split())[:160]})") from None
+            self.step = self.checkpoint["step"]
+            self.window = {name: value.to(self.device) for name, value in self.checkpoint["window"].items() if self.rank == 0}
+            self.checkpoint = None
+
+    def parallel(self, module):
+        """The module as the training step calls it: compiled if asked for, gradients averaged over the ranks."""
+        if module is None:
+            return None
+        module = torch.compile(module) if self.compile else module
+        if self.world > 1:
+            module = DistributedDataParallel(module, broadcast_buffers=False)
+            self.parallel_parts.append(module)
+        return module
+
+    def loader(self, data, batches):
+        return DataLoader(data, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda",
+                          prefetch_factor=4 if self.workers else None)
+
+    def to_device(self, batch):
+        return [x.to(self.device, non_blocking=True) for x in batch]
+
+    def prepare(self, data):
+        """Settles the number of steps; refuses data that cannot fill a batch and runs that have nothing left to do."""
+        if len(data) < self.batch_size:
+            raise UserError(f"{data.origin}: {len(data)} images are fewer than one batch; --batch-size {len(data)} or less would do")
+        self.steps_total = self.steps or max(1, math.ceil(self.epochs * len(data) / self.batch_size))
+        if self.step >= self.steps_total:
+            raise UserError(f"{self.path} is already at step {self.step} of {self.steps_total}: to train on, add --steps with a larger number and --overwrite")
+
+    def describe(self):
+        machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        self.say(f"steps {self.step} to {self.steps_total} of {self.batch_size} images, {self.world} x {machine}, {self.dtype}"
+                 + (", compiled" if self.compile else "") + (f", {self.accumulate} micro-batches" if self.accumulate > 1 else ""))
+
+    def finish(self, made, following):
+        if self.interrupted:
+            self.say(f"stopped at step {self.step} of {self.steps_total}; all is in {self.path}: --resume goes on from here")
+            raise KeyboardInterrupt
+        self.say(f"done in {duration(time.time() - self.began)}: {made}\nnext: {following}")
+
+    def evaluation_batches(self, data):
+        """This rank's share of eval_images of `data`, drawn at random but always the same, on the device."""
+        share = fixed_draw(data)[:self.eval_images][self.rank::self.world]
+        size = max(1, self.batch_size // (self.world * self.accumulate))
+        return map(self.to_device, self.loader(data, [share[i:i + size] for i in range(0, len(share), size)]))
+
+    # -- the loop
+
+    def learning_rate(self, step):
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps_total - self.warmup)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+    def loop(self, data, optimizers):
+        """Yields the number of each step that is still to do, with learning rates and random state set for it."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+        self.batches = iter(self.loader(data, Order(len(data), self)))
+        self.first, self.clock = self.step, time.time()
+        while self.step < self.steps_total and not self.interrupted:
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate(self.step)
+            # every step has its own random state: nothing to save, nothing that an evaluation could disturb
+            digest = hashlib.sha256(f"{self.seed} {self.step} {self.rank}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "little"))
+            self.step += 1
+            yield self.step - 1
+            if self.world > 1 and self.step % self.log_every == 0:  # an interrupt may reach one rank before another
+                flag = torch.tensor(int(self.interrupted), device=self.device)
+                dist.all_reduce(flag, dist.ReduceOp.MAX)
+                self.interrupted = bool(flag)
+
+    def interrupt(self, *_):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.say("\nstopping after this step; once more to stop at once")
+
+    def micro_batches(self):
+        """This step's batches on the device; ranks exchange gradients in the last one's backward pass only."""
+        for i in range(self.accumulate):
+            for part in self.parallel_parts:
+                part.require_backward_grad_sync = i == self.accumulate - 1
+            yield self.to_device(next(self.batches))
+
+    def update(self, module, optimizer):
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def average(self, ema, module):
+        """Moves the moving average towards the module's weights; the decay is smaller in the first steps."""
+        if ema is not None:
+            decay = min(self.ema, self.step / (self.step + 10))
+            with torch.no_grad():
+                for slow, fast in zip(ema.parameters(), module.parameters()):
+                    slow.lerp_(fast, 1 - decay)
+
+    @property
+    def due(self):
+        """Whether this step ends with an evaluation and a checkpoint."""
+        return self.step % self.eval_every == 0 or self.step == self.steps_total or self.interrupted
+
+    # -- log and checkpoints
+
+    def record(self, losses, counts=None):
+        """
+        Adds a micro-batch to the window that the next log line sums up: losses (name -> scalar tensor) to be averaged,
+        counts of chosen codes (k, V) to be added up. No device is made to wait for it.
+        """
+        for name, value in losses.items():
+            pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.double)])  # sum and number
+            self.window[name] = self.window[name] + pair if name in self.window else pair
+        if counts is not None:
+            self.window["counts"] = self.window["counts"] + counts if "counts" in self.window else counts
+
+    def gather_window(self):
+        """Adds up the ranks' windows on rank 0 and empties the others'."""
+        for value in self.window.values() if self.world > 1 else ():
+            dist.all_reduce(value)
+            value *= self.rank == 0
+
+    def log(self, columns, figures=None):
+        """
+        At the end of a step: every log_every steps the window becomes a progress line and a row of log.csv; `figures`
+        (name -> number), an evaluation's, are written as a row of their own. columns: the names that a row may have.
+        """
+        if figures:
+            self.write_row(columns, figures)
+        elif self.step % self.log_every == 0 or self.step == self.steps_total:
+            self.gather_window()
+            counts = self.window.pop("counts", None)
+            means = {name: float(total / n) if n else math.nan for name, (total, n) in self.window.items()}
+            self.window = {}
+            if self.rank:
+                return
+            row = {"loss": sum(v for n, v in means.items() if n != "discriminator")} | means
+            text = " + ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "discriminator")
+            text = f"loss {row['loss']:.4f} = {text}" + (f" | discriminator {means['discriminator']:.3f}" if "discriminator" in means else "")
+            if counts is not None:
+                share, perplexity = usage(counts)
+                row |= per_code("usage", share) | per_code("perplexity", perplexity)
+                text += f" | codes used {' '.join(f'{100 * s:.0f}' for s in share.tolist())} %"
+            speed = (self.step - self.first) * self.batch_size / (time.time() - self.clock)
+            left = (self.steps_total - self.step) * self.batch_size / speed
+            self.say(f"step {self.step}/{self.steps_total}  {text} | {speed:.0f} images/s, {duration(left)} left")
+            self.write_row(columns, row)
+
+    def write_row(self, columns, figures):
+        if self.rank:
+            return
+        path, columns = self.log_path, ["step", "lr", *columns]
+        try:
+            if self.fresh_log:  # of an earlier run, keep the rows up to where it is resumed
+                rows = list(csv.DictReader(open(path, newline=""))) if self.resume and path.exists() else []
+                with open(path, "w", newline="") as file:
+                    writer = csv.DictWriter(file, columns, extrasaction="ignore")
+                    writer.writeheader()
+                    writer.writerows(row for row in rows if int(row["step"]) <= self.first)
+                self.fresh_log = False
+            row = {"step": self.step, "lr": f"{self.learning_rate(self.step - 1):.6g}"} | {n: f"{v:.6g}" for n, v in figures.items()}
+            with open(path, "a", newline="") as file:
+                csv.DictWriter(file, columns).writerow(row)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        if self.events is not None:
+            for name, value in figures.items():
+                self.events.add_scalar(name, value, self.step)
+
+    def save(self, **extra):
+        """Writes the checkpoint: all tracked parts, where the run stands, its settings, and `extra`."""
+        self.gather_window()
+        if self.rank == 0:
+            save_checkpoint(self.path, extra | {"kind": self.kind, "settings": self.settings, "step": self.step, "window": self.window}
+                            | {name: part.state_dict() for name, part in self.parts.items()})
+
+
+def fixed_draw(data):
+    """The indices of `data` in an order that is random, since folders come class by class, and always the same."""
+    return np.random.default_rng(0).permutation(len(data)).tolist()
+
+
+def per_code(name, values):
+    return {f"{name}_{i + 1}": float(v) for i, v in enumerate(values)}
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# -----------------------------------------------------------------------------
+# Training the tokenizer
+
+
+@torch.no_grad()
+def evaluate(model, data, run):
+    """PSNR (dB, mean over images) and each sub-codebook's usage and perplexity on eval_images of `data`."""
+    config, was_training = model.config, model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.double, device=run.device)
+    counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=run.device)
+    for images, _ in run.evaluation_batches(data):
+        with run.autocast():
+            ids = model.encode(images)
+            total += torch.stack([psnr(images, model.decode(ids)).double().sum(), torch.tensor(float(len(images)), device=run.device)])
+        for i in range(config.k):
+            counts[i] += torch.bincount(ids[:, i].flatten(), minlength=config.codebook_size)
+    if run.world > 1:
+        dist.all_reduce(total)
+        dist.all_reduce(counts)
+    model.train(was_training)
+    share, perplexity = usage(counts)
+    return {"val_psnr": float(total[0] / total[1])} | per_code("val_usage", share) | per_code("val_perplexity", perplexity)
+
+
+@torch.no_grad()
+def reconstruction_grid(path, model, data, run, n=10):
+    """n images of `data`, drawn as for the evaluation, their reconstructions, and what each sub-codebook holds of them alone."""
+    was_training = model.training
+    model.eval()
+    images = torch.stack([data[i][0] for i in fixed_draw(data)[:n]]).to(run.device)
+    ids = model.encode(images)
+    rows = [("original", images), ("reconstruction", model.decode(ids))]
+    if model.config.k > 1:
+        rows += [(f"codebook {i + 1} alone", model.decode(ids, only=[i])) for i in range(model.config.k)]
+    save_grid(path, rows)
+    model.train(was_training)
+
+
+def main():
+    settings, checkpoint = parse(__doc__, PRESETS, "tokenizer.pt", "tokenizer", FQGANConfig, TrainConfig)
+    config = pick(FQGANConfig, settings)
+    run = Run(settings, checkpoint, "tokenizer.pt", "tokenizer")
+    train_data, held_out = (load_data(run.data, config.image_size, train) for train in (True, False))
+
+    model = FQGAN(config).to(run.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False) if run.ema else None
+    disc = Discriminator().to(run.device) if config.disc_weight else None
+    optimizer, disc_optimizer = (torch.optim.Adam(m.parameters(), lr=run.lr, betas=(0.9, 0.95), fused=True) if m else None for m in (model, disc))
+    run.track(model=model, ema=ema, optimizer=optimizer, discriminator=disc, disc_optimizer=disc_optimizer)
+    run.prepare(train_data)
+    parallel_model, parallel_disc = run.parallel(model), run.parallel(disc)
+
+    run.say(f"FQGAN: k={config.k} sub-codebooks of {config.codebook_size} codes, {config.grid}x{config.grid} positions, "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    run.say(f"data: {train_data.origin}: {len(train_data)} images; held out: {held_out.origin}: {len(held_out)}")
+    run.describe()
+    zero = "its weight is 0"
+    terms = {  # name: why it is off, if it is
+        "reconstruct": "", "codebook": "", "commit": "" if config.commit_weight else zero, "entropy": "" if config.entropy_weight else zero,
+        "disentangle": "there is one sub-codebook" if config.k == 1 else "" if config.disentangle_weight else zero,
+        f"adversarial from step {config.disc_start}": zero if not disc else "" if config.disc_start < run.steps_total else "the run ends before",
+        "perceptual": "not in this version", "representation": "not in this version"}
+    run.say(f"losses on: {', '.join(n for n, why in terms.items() if not why)}; off: {', '.join(f'{n} ({why})' for n, why in terms.items() if why)}")
+
+    columns = ["loss", "reconstruct", "codebook", "commit", "entropy", "disentangle", "adversarial", "discriminator"]
+    columns += [f"{prefix}{name}_{i + 1}" for prefix in ("", "val_") for name in ("usage", "perplexity") for i in range(config.k)] + ["val_psnr"]
+    figures = {}
+    for step in run.loop(train_data, [o for o in (optimizer, disc_optimizer) if o]):
+        adversarial = disc is not None and step >= config.disc_start
+        for images, _ in run.micro_batches():
+            with run.autocast():
+                reconstruction, losses = parallel_model(images)
+                if adversarial:
+                    disc.requires_grad_(False)
+                    losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
+            (sum(losses.values()) / run.accumulate).backward()
+            if adversarial:
+                disc.requires_grad_(True)
+                with run.autocast():
+                    losses["discriminator"] = config.disc_weight * hinge_loss(parallel_disc(images), parallel_disc(reconstruction.detach()))
+                (losses["discriminator"] / run.accumulate).backward()
+            run.record(losses, model.take_counts())
+        run.update(model, optimizer)
+        if adversarial:
+            run.update(disc, disc_optimizer)
+        run.average(ema, model)
+        run.log(columns)
+
+        if run.due:
+            best = ema or model
+            figures = evaluate(best, held_out, run)
+            run.log(columns, figures)
+            run.say(f"step {run.step}/{run.steps_total}  held out: PSNR {figures['val_psnr']:.2f} dB, codes used "
+                    + " ".join(f"{100 * figures[f'val_usage_{i + 1}']:.1f}" for i in range(config.k)) + " %, perplexity "
+                    + " ".join(f"{figures[f'val_perplexity_{i + 1}']:.0f}" for i in range(config.k)))
+            if run.rank == 0:
+                reconstruction_grid(run.path.parent / "recon.png", best, held_out, run)
+            run.save(config=asdict(config))
+    run.finish(f"{run.path}, {run.path.parent / 'recon.png'} (look at it), {run.path.parent / 'log.csv'}", "python train_gpt.py")
+
+
+if __name__ == "__main__":
+    cli(main)
