@@ -1,9 +1,9 @@
 """
 FQGAN in one file: a factorized visual tokenizer and the autoregressive model that generates its tokens.
 
-A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints
-the image from all k codes of a position. Read top to bottom, in the order data flows:
-checkpoint files, data, config, encoder, adapters, quantizers, decoder, FQGAN, discriminator.
+A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints the image
+from all k codes of a position; a GPT learns to generate the codes. Read from top to bottom: checkpoint files, data,
+transformer blocks, the tokenizer from encoder to adversary, the GPT from config to sampling.
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
@@ -14,6 +14,7 @@ Sources:
 """
 
 import inspect
+import itertools
 import math
 import os
 import random
@@ -131,19 +132,22 @@ class Shapes:
 
     def __getitem__(self, index):
         label = index % len(self.classes)
-        if index not in self.kept:
-            rng = random.Random(f"{'train' if self.train else 'held-out'} {index}")
-            radius = rng.uniform(0.24, 0.42)  # of the image's side
-            center = rng.uniform(radius + 0.02, 0.98 - radius), rng.uniform(radius + 0.02, 0.98 - radius)
-            colour, background = rng.choice(self.colours), rng.choice(self.backgrounds)
-            fine = 8 * self.size  # anti-aliasing: drawn 8 times as large, then averaged
-            mask = Image.new("L", (fine, fine))
-            for polygon, fill in zip(self.outline(self.classes[label]), (255, 0)):
-                if polygon is not None:
-                    ImageDraw.Draw(mask).polygon([tuple(p) for p in (center + radius * polygon) * fine], fill=fill)
-            figure, ground = (Image.new("RGB", (self.size, self.size), c) for c in (colour, background))
-            self.kept[index] = Image.composite(figure, ground, mask.reduce(8))
-        return self.kept[index], label
+        if index in self.kept:
+            return self.kept[index], label
+        rng = random.Random(f"{'train' if self.train else 'held-out'} {index}")
+        radius = rng.uniform(0.24, 0.42)  # of the image's side
+        center = rng.uniform(radius + 0.02, 0.98 - radius), rng.uniform(radius + 0.02, 0.98 - radius)
+        colour, background = rng.choice(self.colours), rng.choice(self.backgrounds)
+        fine = 8 * self.size  # anti-aliasing: drawn 8 times as large, then averaged
+        mask = Image.new("L", (fine, fine))
+        for polygon, fill in zip(self.outline(self.classes[label]), (255, 0)):
+            if polygon is not None:
+                ImageDraw.Draw(mask).polygon([tuple(p) for p in (center + radius * polygon) * fine], fill=fill)
+        figure, ground = (Image.new("RGB", (self.size, self.size), c) for c in (colour, background))
+        image = Image.composite(figure, ground, mask.reduce(8))
+        if self.size <= 64:  # larger ones would fill the memory
+            self.kept[index] = image
+        return image, label
 
 
 def upright_rgb(image):
@@ -207,7 +211,7 @@ class ImageData(torch.utils.data.Dataset):
         """Item `index`, cropped as crop_square's options say."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        for i in (*range(index, len(self)), *range(index)):
+        for i in itertools.chain(range(index, len(self)), range(index)):
             if self.failed[i]:
                 continue
             try:
@@ -425,6 +429,7 @@ class FQGANConfig:
     adapter_heads: int = flag(8, "attention heads of the adapters")
     commit_weight: float = flag(0.25, "weight of the commitment loss")
     entropy_weight: float = flag(0.03, "weight of the entropy loss")
+    entropy_final: float = flag(1.0, "share of --entropy-weight that an exponential decay over the run ends at; 1 for no decay")
     entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
     disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
@@ -453,7 +458,8 @@ class FQGANConfig:
                 f"channels {self.channels} x {self.channel_mult} must be multiples of norm_groups {self.norm_groups}")
         require(self.adapter_depth == 0 or self.adapter_heads > 0 and self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
                 f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} and of adapter_heads {self.adapter_heads}")
-        require(self.entropy_temperature > 0, f"entropy_temperature is {self.entropy_temperature}; it must be above 0")
+        for name in ("entropy_temperature", "entropy_final"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
 
     @property
     def grid(self):
@@ -827,10 +833,10 @@ def usage(counts):
 class GPTConfig:
     """The factorized autoregressive model's shape. The defaults are the paper's FAR-Base over FQGAN-Triple at 16x."""
 
-    k: int = flag(3, "codes at each position, one from each sub-codebook")
-    vocab_size: int = flag(16384, "codes in each sub-codebook")
-    num_classes: int = flag(1000, "classes; one more, the null class, stands for none")
-    grid: int = flag(16, "positions along each side of the image")
+    k: int = 3  # codes at each position; this and the next three follow from tokenizer and data: they have no flags
+    vocab_size: int = 16384  # codes in each sub-codebook
+    num_classes: int = 1000  # one more, the null class, stands for none
+    grid: int = 16  # positions along each side of the image
     n_layer: int = flag(24, "blocks of the trunk")
     n_head: int = flag(16, "attention heads")
     n_embd: int = flag(1024, "width")

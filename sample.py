@@ -3,7 +3,7 @@ Generates images with a trained GPT: a picture grid with a row for each class, o
 
 $ python sample.py                                              # out/samples.png, after `python train_gpt.py`
 $ python sample.py --classes 0,3,8 --n 24 --cfg-scale 3 --out grid.png
-$ torchrun --nproc-per-node=8 sample.py --n 50000 --npz samples.npz                 # what ADM's evaluator reads
+$ torchrun --nproc-per-node=8 sample.py --count 50000 --npz samples.npz             # what ADM's evaluator reads
 """
 
 import json
@@ -35,7 +35,8 @@ def flags():
     add("--gpt", default="out/gpt.pt", help="the GPT's checkpoint (default: %(default)s)")
     add("--tokenizer", help="a tokenizer's checkpoint in place of the one that the GPT's holds")
     add("--classes", help="class numbers or names, with commas between (default: all; in a grid the first 10)")
-    add("--n", type=int, help="images in all, dealt to the classes in turn (default: 8 a class)")
+    add("--n", "--count", type=int, help="images in all, dealt to the classes in turn (default: 8 a class); under torchrun, which "
+        "takes --n for one of its own flags, write --count")
     add("--cfg-scale", type=numbers(float), default=2.0, help="guidance; 1 for none (default: %(default)s)")
     add("--temperature", type=numbers(float), default=1.0, help="below 1 likelier codes, 0 the likeliest (default: %(default)s)")
     add("--top-k", type=numbers(int), default=0, help="sample from the k likeliest codes only; 0: from all (default: %(default)s)")

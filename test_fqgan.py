@@ -60,7 +60,7 @@ def call(script, *argv):
 
 def shell(*argv, ranks=0, **options):
     """Runs a script as a person would, in a process of its own."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"] if ranks else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     return subprocess.run([sys.executable, *launcher, *map(str, argv)], cwd=HERE, text=True, capture_output=True, timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
@@ -530,12 +530,12 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("script, options", [
-    (train_tokenizer, ["--k", 2, "--disc-start", 2, "--ema", 0.9, "--accumulate", 2, "--log-every", 3, "--warmup", 2, "--final-lr", 0.1]),
+    (train_tokenizer, ["--k", 2, "--image-size", 24, "--disc-weight", 0.5, "--disc-start", 2, "--ema", 0.9, "--accumulate", 2, "--log-every", 3, "--warmup", 2, "--final-lr", 0.1]),
     (train_gpt, ["--ema", 0.9, "--dropout", 0.1, "--crops", 2])])
 def test_resumed_is_unbroken(script, options, tmp_path, trained, monkeypatch):
     """Weights, both optimizers, moving average, log: to the bit, also when the log's window was cut in two."""
     if script is train_gpt:
-        options = [*options, "--tokenizer", trained / "tokenizer.pt"]
+        options = [*options, "--tokenizer", trained / "tokenizer.pt", "--data", make_folder(tmp_path / "images")]
     name, log = ("tokenizer.pt", "log.csv") if script is train_tokenizer else ("gpt.pt", "gpt_log.csv")
     flags = [*(TINY_RUN if script is train_tokenizer else TINY_GPT_RUN), *options]
     call(script, "--out", tmp_path / "whole", *flags)
@@ -556,7 +556,7 @@ def test_resume_and_overwrite(tmp_path, trained):
     before = (tmp_path / "tokenizer.pt").read_bytes()
     for argv, message in [(flags, "--resume continues that run, --overwrite replaces it"),
                           (["--out", tmp_path, "--resume"], "already at step 4 of 4"),
-                          ([*flags, "--resume", "--lr", 0.5], r"--lr 0.001 \(now 0.5\)"),
+                          ([*flags, "--resume", "--lr", 0.5], r"--lr 0.002 \(now 0.5\)"),
                           (["--out", tmp_path / "none", "--resume"], "no tokenizer checkpoint at")]:
         with pytest.raises(UserError, match=message):
             call(train_tokenizer, *argv)
@@ -590,6 +590,16 @@ def test_two_ranks_are_one(tmp_path):
     assert np.array_equal(*(np.load(tmp_path / n / "tokens_train.npy") for n in ("one", "two"))), "each encodes its share"
     a, b = (torch.load(tmp_path / n / "gpt.pt", weights_only=True)["model"] for n in ("one", "two"))
     assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+
+
+def test_two_ranks_with_an_adversary_then_one(tmp_path):
+    """Two discriminator passes before one backward pass, on two processes; then taken up by a single one."""
+    first = shell("train_tokenizer.py", *TINY_RUN, "--out", tmp_path, "--image-size", 24, "--disc-weight", 0.5, "--disc-start", 1, "--accumulate", 2, ranks=2)
+    assert first.returncode == 0, first.stderr
+    assert "step 1/" in first.stdout and first.stdout.count("| discriminator") == 3, "on from the second step"
+    call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", 6)
+    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert state["step"] == 6 and all(v.isfinite().all() for v in state["discriminator"].values())
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
@@ -646,7 +656,7 @@ def test_sample_grid_and_files(tmp_path, trained, capsys):
     assert packed.shape == (23, 16, 16, 3) and packed.dtype == np.uint8 and np.array_equal(packed[12], np.asarray(Image.open(files / names[12])))
     with pytest.raises(UserError, match=r"samples made with --seed 0 \(now 1\)"):
         call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--seed", 1)
-    ranks = shell("sample.py", *flags, "--out", tmp_path / "ranks", "--n", 23, "--batch-size", 5, ranks=2)
+    ranks = shell("sample.py", *flags, "--out", tmp_path / "ranks", "--count", 23, "--batch-size", 5, ranks=2)
     assert ranks.returncode == 0, ranks.stderr
     assert pixels == {p.name: p.read_bytes() for p in (tmp_path / "ranks").glob("*.png")}, "no gaps, no doubles, the same pictures"
 
@@ -692,6 +702,7 @@ def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     (train_tokenizer, ["--k", "three"], "argument --k: invalid int value: 'three'"),
     (train_tokenizer, ["--preset", "huge"], "invalid choice: 'huge'"),
     (train_tokenizer, ["--image-size", "30"], "not divisible by downsample 4: 28 is"),
+    (train_tokenizer, ["--image-size", "16", "--disc-weight", "1"], "too small for the discriminator"),
     (train_tokenizer, ["--data", "nowhere"], "no such folder"),
     (train_tokenizer, ["--batch-size", "30000"], "20000 images are fewer than one batch"),
     (train_tokenizer, ["--batch-size", "9", "--accumulate", "2"], "not divisible"),

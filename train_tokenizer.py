@@ -10,6 +10,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import inspect
 import math
 import os
 import signal
@@ -29,9 +30,9 @@ from fqgan import (FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_los
 
 # The fqgan presets are the paper's recipe (sec. 4.1 and the official training script), which is the flags' defaults.
 PRESETS = {
-    "tiny": dict(image_size=32, downsample=4, patch_size=2, channels=64, channel_mult=(1, 2), res_blocks=1, z_channels=64,
-                 codebook_size=256, adapter_depth=1, adapter_width=128, adapter_heads=4, disc_weight=0.0,
-                 steps=2000, batch_size=64, lr=1e-3, warmup=100, final_lr=0.0, workers=0, eval_every=500),
+    "tiny": dict(image_size=32, downsample=4, patch_size=2, channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
+                 codebook_size=256, adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
+                 disc_weight=0.0, steps=1700, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=850),
     "fqgan-ds16": dict(downsample=16),
     "fqgan-ds8": dict(downsample=8),
 }
@@ -134,8 +135,8 @@ FREE = {"out", "device", "compile", "workers", "log_every", "eval_every", "eval_
 
 def parse(doc, presets, filename, kind, *groups):
     """
-    The command line of a training script: a flag for every field of the dataclasses `groups`, over the preset's values,
-    over the defaults; with --resume, over the checkpoint's.
+    The command line of a training script: a flag for every field of the dataclasses `groups` that has a help text, over the
+    preset's values, over the defaults; with --resume, over the checkpoint's.
 
     Returns (settings dict, the checkpoint to resume or None).
     """
@@ -143,7 +144,7 @@ def parse(doc, presets, filename, kind, *groups):
     first = next(iter(presets))
     parser.add_argument("--preset", choices=presets, default=argparse.SUPPRESS,
                         help=f"values for the flags that are not given; each may be overridden (default: {first})")
-    every = {f.name: f for group in groups for f in fields(group)}
+    every = {f.name: f for group in groups for f in fields(group) if f.metadata}
     for name, f in every.items():
         shown = "".join(f"; {p}: {values[name]}" for p, values in presets.items() if values.get(name, f.default) != f.default)
         options = dict(dest=name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default}{shown})".replace("%", "%%"))
@@ -277,7 +278,9 @@ class Run:
             return None
         module = torch.compile(module) if self.compile else module
         if self.world > 1:
-            module = DistributedDataParallel(module, broadcast_buffers=False)
+            takes = inspect.signature(DistributedDataParallel).parameters  # renamed in PyTorch 2.15
+            option = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
+            module = DistributedDataParallel(module, **{option: False})
             self.parallel_parts.append(module)
         return module
 
@@ -388,9 +391,9 @@ class Run:
 
     def gather_window(self):
         """Adds up the ranks' windows on rank 0 and empties the others'."""
-        for value in self.window.values() if self.world > 1 else ():
-            dist.all_reduce(value)
-            value *= self.rank == 0
+        for name in sorted(self.window) if self.world > 1 else ():
+            dist.all_reduce(self.window[name])
+            self.window[name] *= self.rank == 0
 
     def log(self, columns, figures=None):
         """
@@ -502,6 +505,8 @@ def reconstruction_grid(path, model, data, run, n=10):
 def main():
     settings, checkpoint = parse(__doc__, PRESETS, "tokenizer.pt", "tokenizer", FQGANConfig, TrainConfig)
     config = pick(FQGANConfig, settings)
+    if config.disc_weight and config.image_size < 24:
+        raise UserError(f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
     run = Run(settings, checkpoint, "tokenizer.pt", "tokenizer")
     train_data, held_out = (load_data(run.data, config.image_size, train) for train in (True, False))
 
@@ -533,6 +538,7 @@ def main():
         for images, _ in run.micro_batches():
             with run.autocast():
                 reconstruction, losses = parallel_model(images)
+                losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / run.steps_total)
                 if adversarial:
                     disc.requires_grad_(False)
                     losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
