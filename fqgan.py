@@ -1,9 +1,9 @@
 """
 FQGAN in one file: a factorized visual tokenizer and the autoregressive model that generates its tokens.
 
-A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints the image
-from all k codes of a position; a GPT learns to generate the codes. Read from top to bottom: checkpoint files, data,
-transformer blocks, the tokenizer from encoder to adversary, the GPT from config to sampling.
+A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints the image out
+of all k codes of a position; a GPT learns to generate the codes. Read in the order of the file: checkpoint files, data,
+transformer blocks, the tokenizer with its adversary, the GPT with its sampling.
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
@@ -51,12 +51,12 @@ def save_checkpoint(path, contents):
         raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
 
 
-def load_checkpoint(path, kind, device="cpu"):
+def load_checkpoint(path, kind):
     """The dict that save_checkpoint wrote. Raises UserError for a file that is missing, damaged or not of `kind`."""
     if not Path(path).is_file():
         raise UserError(f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
     try:
-        contents = torch.load(path, map_location=device, weights_only=True)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds: pickle, zip, EOF, runtime, key errors
         raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else "
                         f"({type(error).__name__})") from None
@@ -623,6 +623,15 @@ class Quantizer(nn.Module):
         """ids (B,h,w) -> unit vectors (B,d,h,w)"""
         return F.normalize(F.embedding(ids, self.codebook.float()), dim=-1).permute(0, 3, 1, 2)
 
+    @torch.no_grad()
+    def nearest(self, z):
+        """z (B,d,h,w) of any length -> ids (B,h,w)"""
+        with torch.autocast(z.device.type, enabled=False):
+            flat = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+            ids = torch.cat([(chunk @ codes.T).argmax(1) for chunk in flat.split(4096)])
+        return ids.view(z.shape[0], *z.shape[2:])
+
     def forward(self, z):
         """
         z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), losses)
@@ -630,15 +639,13 @@ class Quantizer(nn.Module):
         losses, each with its weight in it: `codebook` moves the codes to the vectors, `commit` the vectors to the
         codes, `entropy` sharpens each choice while it spreads the choices over the codebook.
         """
+        ids = self.nearest(z)
+        if self.training:
+            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)
             codes = F.normalize(self.codebook.float(), dim=-1)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
-            with torch.no_grad():
-                ids = torch.cat([(chunk @ codes.T).argmax(1) for chunk in flat.split(4096)])
-                if self.training:
-                    self.counts.scatter_add_(0, ids, torch.ones_like(ids))
-            ids = ids.view(z.shape[0], *z.shape[2:])
             z_q = codes[ids].permute(0, 3, 1, 2)
             losses = {
                 "codebook": F.mse_loss(z_q, z.detach()),
@@ -749,7 +756,7 @@ class FQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """images (B,3,H,W) in [-1,1] -> ids (B,k,h,w) int64"""
-        return torch.stack([b.quantizer(z)[1] for b, z in zip(self.branches, self.vectors(images))], 1)
+        return torch.stack([b.quantizer.nearest(z) for b, z in zip(self.branches, self.vectors(images))], 1)
 
     @torch.no_grad()
     def decode(self, ids, only=None):
@@ -821,6 +828,7 @@ def psnr(images, others):
 
 def usage(counts):
     """counts (..., V) of how often each code was chosen -> (share of codes chosen at all, perplexity), each (...)"""
+    counts = counts.cpu()  # float64 is not to be had on every device
     p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
     return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()
 
@@ -930,13 +938,6 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def check(self, labels, ids=None):
-        c = self.config
-        if ids is not None and tuple(ids.shape[1:]) != (c.k, c.grid, c.grid):
-            raise UserError(f"ids have shape {tuple(ids.shape)}, expected (B, {c.k}, {c.grid}, {c.grid})")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= c.num_classes:
-            raise UserError(f"labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to {c.num_classes - 1}, or {c.num_classes} for none")
-
     def forward(self, ids, labels):
         """
         ids (B,k,h,w), labels (B,) -> (logits (B, k, h*w, vocab_size) float32, loss: mean cross-entropy of all k codes).
@@ -968,13 +969,14 @@ class GPT(nn.Module):
         generator: a torch.Generator on the model's device. Raises UserError for a label or a knob out of range.
         """
         c = self.config
-        self.check(labels)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= c.num_classes:
+            raise UserError(f"labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to {c.num_classes - 1}, or {c.num_classes} for none")
         knobs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         for name, value in knobs.items():
             knobs[name] = list(value) if isinstance(value, (list, tuple)) else [value] * c.k
             if len(knobs[name]) != c.k:
                 raise UserError(f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
-            if min(knobs[name]) < 0 or (name == "top_p" and not 0 < min(value_ for value_ in knobs[name]) <= max(knobs[name]) <= 1):
+            if min(knobs[name]) < 0 or (name == "top_p" and not 0 < min(knobs[name]) <= max(knobs[name]) <= 1):
                 raise UserError(f"{name} is {value}; it must be " + ("in (0, 1]" if name == "top_p" else "at least 0"))
         was_training = self.training
         self.eval()

@@ -117,12 +117,12 @@ def evaluate(model, tokens, run):
     """Cross-entropy in nats per code, of each sub-codebook and their mean, on eval_images held-out images."""
     was_training = model.training
     model.eval()
-    total = torch.zeros(model.config.k + 1, dtype=torch.double, device=run.device)
+    total = torch.zeros(model.config.k + 1, device=run.device)
     for ids, labels in run.evaluation_batches(tokens):
         with run.autocast():
             logits, _ = model(ids, labels)
         each = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(len(ids), model.config.k, -1)
-        total += torch.cat([each.mean(2).double().sum(0), total.new_tensor([len(ids)])])
+        total += torch.cat([each.mean(2).sum(0), total.new_tensor([len(ids)])])
     if run.world > 1:
         dist.all_reduce(total)
     model.train(was_training)

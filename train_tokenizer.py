@@ -384,7 +384,7 @@ class Run:
         counts of chosen codes (k, V) to be added up. No device is made to wait for it.
         """
         for name, value in losses.items():
-            pair = torch.stack([value.detach().double(), torch.ones_like(value, dtype=torch.double)])  # sum and number
+            pair = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float)])  # sum and number
             self.window[name] = self.window[name] + pair if name in self.window else pair
         if counts is not None:
             self.window["counts"] = self.window["counts"] + counts if "counts" in self.window else counts
@@ -472,12 +472,12 @@ def evaluate(model, data, run):
     """PSNR (dB, mean over images) and each sub-codebook's usage and perplexity on eval_images of `data`."""
     config, was_training = model.config, model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.double, device=run.device)
+    total = torch.zeros(2, device=run.device)
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=run.device)
     for images, _ in run.evaluation_batches(data):
         with run.autocast():
             ids = model.encode(images)
-            total += torch.stack([psnr(images, model.decode(ids)).double().sum(), torch.tensor(float(len(images)), device=run.device)])
+            total += torch.stack([psnr(images, model.decode(ids)).sum(), total.new_tensor(len(images))])
         for i in range(config.k):
             counts[i] += torch.bincount(ids[:, i].flatten(), minlength=config.codebook_size)
     if run.world > 1:
@@ -532,7 +532,6 @@ def main():
 
     columns = ["loss", "reconstruct", "codebook", "commit", "entropy", "disentangle", "adversarial", "discriminator"]
     columns += [f"{prefix}{name}_{i + 1}" for prefix in ("", "val_") for name in ("usage", "perplexity") for i in range(config.k)] + ["val_psnr"]
-    figures = {}
     for step in run.loop(train_data, [o for o in (optimizer, disc_optimizer) if o]):
         adversarial = disc is not None and step >= config.disc_start
         for images, _ in run.micro_batches():
