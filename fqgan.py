@@ -13,6 +13,7 @@ Sources:
 4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss, eq. 4)
 """
 
+import hashlib
 import inspect
 import itertools
 import math
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
@@ -37,22 +38,8 @@ class UserError(ValueError):
     """A mistake the user can mend: the scripts print its message as one line and exit with 1."""
 
 
-def save_checkpoint(path, contents):
-    """Writes to a temporary name and renames, so that `path` always holds a whole checkpoint."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
-
-
 def load_checkpoint(path, kind):
-    """The dict that save_checkpoint wrote. Raises UserError for a file that is missing, damaged or not of `kind`."""
+    """The dict that train_tokenizer.save_checkpoint wrote. Raises UserError for a file that is missing, damaged or not of `kind`."""
     if not Path(path).is_file():
         raise UserError(f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
     try:
@@ -67,7 +54,7 @@ def load_checkpoint(path, kind):
 
 
 def build(model_class, config_class, state, path, device="cpu"):
-    """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode."""
+    """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
     try:
         model = model_class(config_class(**state["config"]))
         model.load_state_dict(state.get("ema") or state["model"])
@@ -75,7 +62,46 @@ def build(model_class, config_class, state, path, device="cpu"):
         raise
     except (RuntimeError, AttributeError, TypeError, KeyError) as error:  # load_state_dict's pages of complaints, cut short
         raise UserError(f"{path}: weights and config do not fit this version ({' '.join(str(error).split())[:200]})") from None
+    model.trained_on = state.get("settings", {}).get("data")
     return model.to(device).eval()
+
+
+def fetch(url, digest, local=None):
+    """
+    The path of a published file: `local` if given; else its copy in torch.hub's cache, downloaded if it is not there whole.
+    digest: the file's SHA-256 or the beginning of it, or its MD5. Raises UserError where the file cannot be had.
+    """
+    path = Path(local or Path(torch.hub.get_dir()) / "checkpoints" / "-".join(url.split("/")[-2:]))
+
+    def whole(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest().startswith(digest)
+
+    if local and not path.is_file():
+        raise UserError(f"no file at {path}; what belongs there is {url}")
+    if not local and not (path.is_file() and whole(path)):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(temporary))
+            if not whole(temporary):
+                raise OSError("what came has another checksum")
+            temporary.replace(path)
+        except Exception as error:  # urllib, http, socket and ssl have many
+            raise UserError(f"{url} cannot be downloaded ({' '.join(str(error).split())[:100]}); put it at {path}, or name a local copy") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_weights(module, path, keys=None):
+    """Loads a state dict from a file into `module`; `keys` maps the file's names to the module's, or to None. UserError where they do not fit."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict({keys(n) if keys else n: t for n, t in state.items() if keys is None or keys(n)})
+    except Exception as error:
+        raise UserError(f"{path} does not hold the weights of {type(module).__name__} ({' '.join(str(error).split())[:160]})") from None
+    return module
 
 
 # -----------------------------------------------------------------------------
@@ -95,39 +121,31 @@ class Shapes:
     backgrounds = [(250, 240, 225), (225, 238, 250), (228, 245, 228), (250, 228, 232), (238, 230, 248), (236, 236, 236)]
 
     def __init__(self, size, train):
-        self.size, self.train = size, train
-        self.kept = {}
+        self.size, self.train, self.kept = size, train, {}
 
     def __len__(self):
         return 20_000 if self.train else 2_000
 
     @staticmethod
     def outline(name):
-        """(filled polygon, polygon cut out of it or None), of points within the unit circle, y downwards."""
-        def circle(radius=1.0, x=0.0):
-            angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
-            return np.stack([x + radius * np.cos(angle), radius * np.sin(angle)], 1)
+        """Polygons within the unit circle, as complex numbers, y downwards: the figure, and what is cut out of it."""
+        def turn(n, inner=1.0):  # n points round the circle, the first one up; every second one at the radius `inner`
+            return np.exp(2j * np.pi * (np.arange(n) / n - 0.25)) * np.where(np.arange(n) % 2, inner, 1.0)
 
-        def corners(n, inner=1.0):  # n-pointed, the first point up; every second radius is `inner`
-            angle = np.arange(n) * 2 * np.pi / n - np.pi / 2
-            radius = np.where(np.arange(n) % 2, inner, 1.0)[:, None]
-            return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
-
-        t = np.linspace(0, 2 * np.pi, 96, endpoint=False)
-        heart = np.stack([16 * np.sin(t) ** 3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)], 1)
-        a = 0.36
+        circle, t = turn(96), np.linspace(0, 2 * np.pi, 96, endpoint=False)
+        heart = 16 * np.sin(t) ** 3 + 1j * (-13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t))
+        arm = np.array([-0.36 - 1j, 0.36 - 1j, 0.36 - 0.36j])
         return {
-            "circle": (circle(0.9), None),
-            "square": (0.8 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), None),
-            "triangle": (corners(3) + (0, 0.2), None),
-            "diamond": (corners(4) * (0.72, 1.0), None),
-            "star": (corners(10, 0.42), None),
-            "cross": (0.95 * np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                                       (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]), None),
-            "ring": (circle(0.95), circle(0.5)),
-            "heart": (heart / 17.0 - (0, 0.1), None),
-            "moon": (circle(0.95), circle(0.8, 0.5)),
-            "arrow": (np.array([(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)]), None),
+            "circle": [0.9 * circle],
+            "square": [0.8 * np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j])],
+            "triangle": [turn(3) + 0.2j],
+            "diamond": [0.72 * turn(4).real + 1j * turn(4).imag],
+            "star": [turn(10, 0.42)],
+            "cross": [0.95 * np.concatenate([arm * 1j**quarter for quarter in range(4)])],
+            "ring": [0.95 * circle, 0.5 * circle],
+            "heart": [heart / 17 - 0.1j],
+            "moon": [0.95 * circle, 0.5 + 0.8 * circle],
+            "arrow": [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])],
         }[name]
 
     def __getitem__(self, index):
@@ -136,14 +154,12 @@ class Shapes:
             return self.kept[index], label
         rng = random.Random(f"{'train' if self.train else 'held-out'} {index}")
         radius = rng.uniform(0.24, 0.42)  # of the image's side
-        center = rng.uniform(radius + 0.02, 0.98 - radius), rng.uniform(radius + 0.02, 0.98 - radius)
-        colour, background = rng.choice(self.colours), rng.choice(self.backgrounds)
+        center = rng.uniform(radius + 0.02, 0.98 - radius) + 1j * rng.uniform(radius + 0.02, 0.98 - radius)
+        figure, ground = (Image.new("RGB", (self.size,) * 2, rng.choice(colours)) for colours in (self.colours, self.backgrounds))
         fine = 8 * self.size  # anti-aliasing: drawn 8 times as large, then averaged
         mask = Image.new("L", (fine, fine))
         for polygon, fill in zip(self.outline(self.classes[label]), (255, 0)):
-            if polygon is not None:
-                ImageDraw.Draw(mask).polygon([tuple(p) for p in (center + radius * polygon) * fine], fill=fill)
-        figure, ground = (Image.new("RGB", (self.size, self.size), c) for c in (colour, background))
+            ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in (center + radius * polygon) * fine], fill=fill)
         image = Image.composite(figure, ground, mask.reduce(8))
         if self.size <= 64:  # larger ones would fill the memory
             self.kept[index] = image
@@ -284,44 +300,19 @@ def load_data(name_or_path, image_size, train):
                         "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
     make = getattr(torchvision.datasets, names[str(name_or_path).lower()])
     takes = inspect.signature(make).parameters
+    parts = [{"train": train}] if "train" in takes else [{"split": s} for s in (["train"] if train else ["val", "test", "valid"])] if "split" in takes else [{}]
     options = {"root": Path(torch.hub.get_dir()) / "datasets"} | ({"download": True} if "download" in takes else {})
-    if "train" in takes:
-        choices = [{"train": train}]
-    else:
-        choices = [{"split": s} for s in (["train"] if train else ["val", "test", "valid"])] if "split" in takes else [{}]
-    for choice in choices:
+    for part in parts:
         try:
-            source = make(**options, **choice)
+            source = make(**options, **part)
             break
-        except ValueError as error:  # a split that this data set does not have
-            problem = error
-        except Exception as error:  # no network, a changed address, a failed checksum
-            raise UserError(f"--data {name_or_path}: torchvision could not get it ({' '.join(str(error).split())[:160]}); "
-                            "download it elsewhere and give its folder") from None
-    else:
-        raise UserError(f"--data {name_or_path}: torchvision offers no such part ({problem})")
+        except Exception as error:  # a split of another name; no network, a changed address, a failed checksum
+            if not isinstance(error, ValueError) or part == parts[-1]:
+                raise UserError(f"--data {name_or_path}: torchvision could not get its part {part} ({' '.join(str(error).split())[:160]}); "
+                                "download it elsewhere and give its folder") from None
     labels = getattr(source, "labels", getattr(source, "targets", [0]))
     classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(labels)) + 1)]
-    return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train,
-                     f"torchvision's {make.__name__}, {choice or 'whole'}")
-
-
-def save_grid(path, rows, tile=96):
-    """
-    Writes rows of images as one picture. rows: list of (label, images (n,3,H,W) in [-1, 1]); the label stands to the
-    left. Images smaller than `tile` pixels are enlarged by a whole factor without smoothing.
-    """
-    size = rows[0][1].shape[-1]
-    zoom, gap, font = max(1, -(-tile // size)), 4, ImageFont.load_default(14)
-    step = size * zoom + gap
-    margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 12
-    sheet = Image.new("RGB", (margin + step * max(len(images) for _, images in rows), gap + step * len(rows)), "white")
-    for r, (label, images) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((margin - 6, gap + r * step + step // 2), label, fill="black", font=font, anchor="rm")
-        for c, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-            picture = Image.fromarray(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + c * step, gap + r * step))
-    sheet.save(path)
+    return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train, f"torchvision's {make.__name__}, {part or 'whole'}")
 
 
 def to_uint8(images):
@@ -335,13 +326,12 @@ def to_uint8(images):
 
 def attention(q, k, v, causal=False):
     """
-    Softmax attention of (B, heads, T, e) tensors. On CPUs always in float32: under bfloat16 the backward pass of
-    PyTorch's CPU kernel takes several times as long.
+    Softmax attention of (B, heads, T, e) tensors, in the type of v. In training on CPUs always in float32: under bfloat16 the
+    backward pass of PyTorch's CPU kernel takes several times as long.
     """
-    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal).to(q.dtype)
+    dtype = torch.float32 if v.device.type == "cpu" and torch.is_grad_enabled() else v.dtype
+    with torch.autocast(v.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=causal).to(v.dtype)
 
 
 class Cache:
@@ -353,7 +343,7 @@ class Cache:
     def append(self, k, v, length):
         """k, v (B, heads, T, e) of new positions -> those of all positions so far"""
         if self.buffer is None:
-            self.buffer = k.new_empty(2, *k.shape[:2], length, k.shape[3])
+            self.buffer = v.new_empty(2, *k.shape[:2], length, k.shape[3])
         end = self.filled + k.shape[2]
         self.buffer[0, :, :, self.filled:end], self.buffer[1, :, :, self.filled:end] = k, v
         self.filled = end
@@ -788,7 +778,45 @@ def load_tokenizer(path, device="cpu"):
 
 
 # -----------------------------------------------------------------------------
-# Tokenizer: adversary
+# Tokenizer: perceptual distance and adversary
+
+
+class LPIPS(nn.Module):
+    """
+    Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, to unit length
+    at each position; the squared difference weighted by channel, averaged over positions. Frozen, and without dropout.
+
+    vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; each fetched once when not given. UserError where they cannot be had.
+    Source: Zhang et al., https://arxiv.org/abs/1801.03924, eq. 1.
+    """
+
+    taps = (3, 8, 15, 22, 29)  # layers of VGG-16 after whose ReLU features are taken
+    sources = {"vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+               "lin": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "d507d7349b931f0638a25a48a722f98a")}
+
+    def __init__(self, vgg=None, lin=None):
+        super().__init__()
+        import torchvision
+
+        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:self.taps[-1] + 1]
+        self.lin = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in (64, 128, 256, 512, 512))
+        read_weights(self.features, fetch(*self.sources["vgg"], local=vgg), lambda n: n.removeprefix("features.") if n.startswith("features.") else None)
+        read_weights(self.lin, fetch(*self.sources["lin"], local=lin), lambda n: n.removeprefix("lin").replace("model.1.", ""))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images, others):
+        x, distance = (torch.cat([images, others]) - self.shift) / self.scale, 0
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps:
+                unit = F.normalize(x.float(), dim=1, eps=1e-10)
+                a, b = unit.chunk(2)
+                distance = distance + self.lin[self.taps.index(i)]((a - b).square()).mean((1, 2, 3))
+        return distance
+
+
 
 
 class Discriminator(nn.Module):
@@ -818,19 +846,6 @@ class Discriminator(nn.Module):
 def hinge_loss(real, fake):
     """The discriminator's: judgements of real images pushed above 1, of fake ones below -1."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
-
-
-def psnr(images, others):
-    """(B,3,H,W) in [-1,1] twice -> (B,) peak signal-to-noise ratio in dB, of the images as 8-bit files hold them."""
-    error = (to_uint8(images).float() - to_uint8(others).float()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255**2 / error.clamp(min=1e-4))
-
-
-def usage(counts):
-    """counts (..., V) of how often each code was chosen -> (share of codes chosen at all, perplexity), each (...)"""
-    counts = counts.cpu()  # float64 is not to be had on every device
-    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()
 
 
 # -----------------------------------------------------------------------------
@@ -871,21 +886,21 @@ class GPTConfig:
 
 def rotary_table(grid, head_dim):
     """
-    (1 + grid^2, head_dim/2, 2): cos and sin for each position of the class token and then the grid, row by row. The
-    first half of the pairs turns by the row, the other by the column. The class token's are zeros, as in the official
+    (2, 1 + grid^2, head_dim): cos and sin for each position of the class token and then the grid, row by row. The first half
+    of the interleaved pairs turns by the row, the other by the column. The class token's are zeros, as in the official
     code: it turns query and key into zero vectors, so that every position attends to the class with a score of 0.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
     angle = torch.arange(grid)[:, None] * frequency
     angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], 1)  # (grid^2, head_dim/2)
-    return torch.cat([torch.zeros(1, head_dim // 2, 2), torch.stack([angle.cos(), angle.sin()], -1)])
+    cos, sin = angle.cos().repeat_interleave(2, 1), torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
+    return F.pad(torch.stack([cos, sin]), (0, 0, 1, 0))
 
 
 def rotate(x, table):
-    """Turns the interleaved pairs of x (B, heads, T, e) by table (T, e/2, 2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    """Turns the pairs (a, b) of x (B, heads, T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
+    cos, sin = table
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
 
 
 class SwiGLU(nn.Module):
@@ -951,10 +966,10 @@ class GPT(nn.Module):
         x = torch.cat([self.class_embedding(labels)[:, None], self.aggregate(torch.cat(embedded, -1))[:, :-1]], 1)
         x = self.dropout(x)
         for block in self.trunk:
-            x = block(x, rotary=self.rotary[:P])
+            x = block(x, rotary=self.rotary[:, :P])
         x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
         for block in self.head:
-            x = block(x, rotary=self.rotary[:k])
+            x = block(x, rotary=self.rotary[:, :k])
         x = self.norm(x).view(B, P, k, -1)
         logits = torch.stack([output(x[:, :, i]) for i, output in enumerate(self.outputs)], 1).float()  # (B, k, P, V)
         return logits, F.cross_entropy(logits.flatten(0, 2), ids.flatten())
@@ -985,16 +1000,17 @@ class GPT(nn.Module):
         labels = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels
         ids = labels.new_empty(len(labels) // (1 + guided), c.k, c.grid**2)
         trunk_caches, head_caches = [Cache() for _ in self.trunk], [Cache() for _ in self.head]
+        rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(labels.device)  # float32, whatever the weights are
         x = self.class_embedding(labels)[:, None]  # (B, 1, D), and so is every x below
         for p in range(c.grid**2):
             for block, cache in zip(self.trunk, trunk_caches):
-                x = block(x, rotary=self.rotary[p:p + 1], cache=cache, length=c.grid**2)
+                x = block(x, rotary=rotary[:, p:p + 1], cache=cache, length=c.grid**2)
             embedded = []
             for cache in head_caches:
                 cache.filled = 0
             for i in range(c.k):
                 for block, cache in zip(self.head, head_caches):
-                    x = block(x, rotary=self.rotary[i:i + 1], cache=cache, length=c.k)
+                    x = block(x, rotary=rotary[:, i:i + 1], cache=cache, length=c.k)
                 logits = self.outputs[i](self.norm(x))[:, 0].float()
                 if guided:
                     logits, null = logits.chunk(2)
@@ -1025,18 +1041,4 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def load_gpt(path, device="cpu", grid=None):
     """A trained GPT in eval mode. Raises UserError for a file that is missing, damaged or something else."""
-    return load_generator(path, device=device)[0]
-
-
-def load_generator(path, tokenizer_path=None, device="cpu"):
-    """
-    Checkpoint -> (GPT, the tokenizer whose codes it speaks, class names). A GPT's checkpoint holds its tokenizer;
-    `tokenizer_path` takes its place. Raises UserError where the two do not fit each other.
-    """
-    state = load_checkpoint(path, "gpt")
-    gpt = build(GPT, GPTConfig, state, path, device)
-    tokenizer = load_tokenizer(tokenizer_path, device) if tokenizer_path else build(FQGAN, FQGANConfig, state["tokenizer"], path, device)
-    for name, ours, its in (("k", gpt.config.k, tokenizer.config.k), ("codes", gpt.config.vocab_size, tokenizer.config.codebook_size)):
-        if ours != its:
-            raise UserError(f"{path} was trained for {name} {ours}, the tokenizer {tokenizer_path or path} has {name} {its}")
-    return gpt, tokenizer, state["classes"]
+    return build(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device)

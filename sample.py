@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from fqgan import UserError, load_generator, save_grid, to_uint8
-from train_tokenizer import Parser, cli, has_fast_bf16, start
+from fqgan import FQGAN, FQGANConfig, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, to_uint8
+from train_tokenizer import Parser, cli, has_fast_bf16, save_grid, start
 
 
 def numbers(kind):
@@ -29,6 +29,19 @@ def numbers(kind):
     return read
 
 
+def add_knobs(parser):
+    """The flags of all scripts that sample."""
+    add = parser.add_argument
+    add("--cfg-scale", type=numbers(float), default=1.5, help="guidance; 1 for none (default: %(default)s)")
+    add("--temperature", type=numbers(float), default=1.0, help="below 1 likelier codes, 0 the likeliest (default: %(default)s)")
+    add("--top-k", type=numbers(int), default=0, help="sample from the k likeliest codes only; 0: from all (default: %(default)s)")
+    add("--top-p", type=numbers(float), default=1.0, help="sample from the likeliest codes that make up p (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is (default: %(default)s)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of sampling; auto: bfloat16 where the hardware has it (default: %(default)s)")
+
+
 def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -37,16 +50,9 @@ def flags():
     add("--classes", help="class numbers or names, with commas between (default: all; in a grid the first 10)")
     add("--n", "--count", type=int, help="images in all, dealt to the classes in turn (default: 8 a class); under torchrun, which "
         "takes --n for one of its own flags, write --count")
-    add("--cfg-scale", type=numbers(float), default=2.0, help="guidance; 1 for none (default: %(default)s)")
-    add("--temperature", type=numbers(float), default=1.0, help="below 1 likelier codes, 0 the likeliest (default: %(default)s)")
-    add("--top-k", type=numbers(int), default=0, help="sample from the k likeliest codes only; 0: from all (default: %(default)s)")
-    add("--top-p", type=numbers(float), default=1.0, help="sample from the likeliest codes that make up p (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--out", help="a .png for a grid, or a folder for one file an image (default: samples.png beside the GPT)")
     add("--npz", metavar="FILE", help="pack the images into one .npz as ADM's (arr_0, uint8 NHWC); they are kept in the folder of its name")
-    add("--batch-size", type=int, default=64, help="images generated at a time (default: %(default)s)")
-    add("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is (default: %(default)s)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the hardware has it (default: %(default)s)")
+    add_knobs(parser)
     return parser.parse_args()
 
 
@@ -62,6 +68,36 @@ def pick_classes(text, names):
     return picked
 
 
+def load_generator(path, tokenizer_path=None, device="cpu"):
+    """
+    Checkpoint -> (GPT, the tokenizer whose codes it speaks, class names). A GPT's checkpoint holds its tokenizer;
+    `tokenizer_path` takes its place. Raises UserError where the two do not fit each other.
+    """
+    state = load_checkpoint(path, "gpt")
+    gpt = build(GPT, GPTConfig, state, path, device)
+    tokenizer = load_tokenizer(tokenizer_path, device) if tokenizer_path else build(FQGAN, FQGANConfig, state["tokenizer"], path, device)
+    for name, ours, its in (("k", gpt.config.k, tokenizer.config.k), ("codes", gpt.config.vocab_size, tokenizer.config.codebook_size)):
+        if ours != its:
+            raise UserError(f"{path} was trained for {name} {ours}, the tokenizer {tokenizer_path or path} has {name} {its}")
+    return gpt, tokenizer, state["classes"]
+
+
+def generate(gpt, tokenizer, labels, batches, args):
+    """
+    Yields (batch, images (B,3,H,W) about [-1,1]) for each of `batches`, ranges of places in `labels`, with the knobs in `args`.
+    A batch has its own random state: whoever makes it, and whenever, it comes out the same.
+    """
+    device = gpt.rotary.device
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and has_fast_bf16(device)
+    gpt = gpt.to(torch.bfloat16 if bf16 else torch.float32)
+    for batch in batches:
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + batch.start)
+        ids = gpt.generate(labels[batch.start:batch.stop].to(device), args.cfg_scale, args.temperature, args.top_k, args.top_p, generator)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            images = tokenizer.decode(ids)
+        yield batch, images  # outside autocast, which would go on in the caller
+
+
 def main():
     args = flags()
     if args.n is not None and args.n < 1 or args.batch_size < 1:
@@ -69,7 +105,6 @@ def main():
     device, rank, world = start(args.device, args.seed)
     began = time.time()
     gpt, tokenizer, names = load_generator(args.gpt, args.tokenizer, device)
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" or args.dtype == "auto" and has_fast_bf16(device) else torch.float32
 
     out = Path(args.out) if args.out else Path(args.npz).with_suffix("") if args.npz else Path(args.gpt).parent / "samples.png"
     grid = out.suffix.lower() == ".png" and not args.npz
@@ -85,22 +120,17 @@ def main():
     if not grid:
         remember(out / "sample.json", {n: v for n, v in vars(args).items() if n not in ("out", "npz", "n", "device")}, rank)
 
-    # A batch has its own random state: whoever makes it, and whenever, it comes out the same.
     batches = [range(i, min(i + args.batch_size, total)) for i in range(0, total, args.batch_size)]
     todo = [b for b in batches if grid or not all(files[i].exists() for i in b)]
     if len(todo) < len(batches):
         print(f"going on in {out}: {len(batches) - len(todo)} of {len(batches)} batches are there") if rank == 0 else None
     made, done = {}, 0
-    for batch in todo[rank::world] if not grid else todo:
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + batch.start)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            ids = gpt.generate(labels[batch.start:batch.stop].to(device), args.cfg_scale, args.temperature, args.top_k, args.top_p, generator)
-            images = tokenizer.decode(ids).cpu()
+    for batch, images in generate(gpt, tokenizer, labels, todo if grid else todo[rank::world], args):
         done += len(batch)
         if grid:
-            made.update(zip(batch, images))
+            made.update(zip(batch, images.cpu()))
         else:
-            for i, image in zip(batch, to_uint8(images).permute(0, 2, 3, 1).numpy()):
+            for i, image in zip(batch, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
                 temporary = files[i].with_suffix(".tmp")
                 Image.fromarray(image).save(temporary, "png")
                 temporary.replace(files[i])

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
+import evaluate
 import fqgan
 import sample
 import train_gpt
@@ -192,7 +195,7 @@ def test_counts_are_true_and_taken_once():
         model.eval().encode(images_like(model.config))
     counts = model.take_counts()
     assert counts.sum(1).tolist() == [3 * 16] * 2 and model.take_counts().sum() == 0
-    share, perplexity = fqgan.usage(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [8, 0, 0, 0]]))
+    share, perplexity = train_tokenizer.usage(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [8, 0, 0, 0]]))
     assert share.tolist() == [0.5, 1.0, 0.25] and np.allclose(perplexity, [2, 4, 1])
 
 
@@ -400,14 +403,15 @@ def test_gpt_is_causal(k):
 def test_rotary_table():
     """Row half, column half, and a class token without query and key."""
     table = fqgan.rotary_table(4, 8)
-    assert table.shape == (17, 4, 2) and not table[0].any()
-    row, column = 2, 3
-    angles = [row * 1.0, row * 10000 ** -0.5, column * 1.0, column * 10000 ** -0.5]
-    assert torch.allclose(table[1 + row * 4 + column], torch.tensor([[math.cos(a), math.sin(a)] for a in angles]), atol=1e-6)
-    x = torch.randn(1, 1, 1, 8)
-    turned = fqgan.rotate(x, table[12:13])
-    assert torch.allclose(turned[..., 1], x[..., 1] * table[12, 0, 0] + x[..., 0] * table[12, 0, 1], atol=1e-6)
-    assert not fqgan.rotate(x, table[:1]).any()
+    assert table.shape == (2, 17, 8) and not table[:, 0].any()
+    row, column, x = 2, 3, torch.randn(1, 1, 1, 8)
+    at = 1 + row * 4 + column
+    turned = fqgan.rotate(x, table[:, at:at + 1]).flatten()
+    for pair, angle in enumerate([row * 1.0, row * 10000 ** -0.5, column * 1.0, column * 10000 ** -0.5]):
+        a, b = x.flatten()[2 * pair:2 * pair + 2]
+        assert math.isclose(turned[2 * pair], a * math.cos(angle) - b * math.sin(angle), abs_tol=1e-6)
+        assert math.isclose(turned[2 * pair + 1], b * math.cos(angle) + a * math.sin(angle), abs_tol=1e-6)
+    assert not fqgan.rotate(x, table[:, :1]).any()
 
 
 def uncached(model, labels, cfg_scale, temperature, top_k, top_p, generator):
@@ -497,7 +501,7 @@ def test_both_scripts_make_what_they_say(trained, capsys):
                for r in rows if r["loss"])
     model = fqgan.load_tokenizer(out / "tokenizer.pt")
     assert not model.training and model.config.k == 2 and Image.open(out / "recon.png").height > 4 * 96
-    gpt, tokenizer, classes = fqgan.load_generator(out / "gpt.pt")
+    gpt, tokenizer, classes = sample.load_generator(out / "gpt.pt")
     assert gpt.config.num_classes == 10 and classes[4] == "star" and gpt.config.grid == 4
     data = load_data("shapes", 16, False)
     images = torch.stack([data[i][0] for i in range(8)])
@@ -687,13 +691,13 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
 
 
 def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
-    fqgan.save_checkpoint(tmp_path / "x.pt", {"step": 1})
+    train_tokenizer.save_checkpoint(tmp_path / "x.pt", {"step": 1})
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        fqgan.save_checkpoint(tmp_path / "x.pt", {"step": 2})
+        train_tokenizer.save_checkpoint(tmp_path / "x.pt", {"step": 2})
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
 
@@ -716,7 +720,11 @@ def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     (train_gpt, ["--tokenizer", "README.md"], "README.md cannot be read as a checkpoint"),
     (sample, ["--gpt", "nothing.pt"], "python train_gpt.py"),
     (sample, ["--n", "0"], "at least 1"),
-    (sample, ["--top-k", "a"], "argument --top-k: invalid")])
+    (sample, ["--top-k", "a"], "argument --top-k: invalid"),
+    (evaluate, [], "no tokenizer checkpoint at out/tokenizer.pt: `python train_tokenizer.py` makes one"),
+    (evaluate, ["--real", "a"], "--real and --fake go together"),
+    (evaluate, ["--real", "a", "--fake", "b"], "no such file or folder"),
+    (evaluate, ["--n", "0"], "at least 1")])
 def test_a_mistake_gets_one_line(script, argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text("hello")
@@ -741,3 +749,265 @@ def test_more_mistakes(tmp_path, trained):
         call(sample, "--gpt", trained / "gpt.pt", "--tokenizer", tmp_path / "k3" / "tokenizer.pt")
     result = shell("train_tokenizer.py", "--k", 0)
     assert result.returncode == 1 and result.stderr == "train_tokenizer.py: k is 0; it must be at least 1\n" and result.stdout == ""
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+def test_frechet_distance_closed_forms():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(6) + 0.1, rng.random(6) + 0.1
+    mu = rng.standard_normal((2, 6))
+    expected = ((mu[0] - mu[1]) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum()
+    assert math.isclose(evaluate.frechet_distance(mu[0], np.diag(a), mu[1], np.diag(b)), expected, rel_tol=1e-9)
+    v, w = rng.standard_normal((2, 6))  # of rank one: tr (vv' ww')^(1/2) = |v'w|
+    expected = v @ v + w @ w - 2 * abs(v @ w)
+    assert math.isclose(evaluate.frechet_distance(mu[0], np.outer(v, v), mu[0], np.outer(w, w)), expected, rel_tol=1e-6)
+    x, y = (np.cov(rng.standard_normal((40, 30)) @ rng.standard_normal((30, 30)), rowvar=False) for _ in range(2))
+    expected = np.trace(x) + np.trace(y) - 2 * np.trace(scipy.linalg.sqrtm(x @ y)).real
+    assert math.isclose(evaluate.frechet_distance(np.zeros(30), x, np.zeros(30), y), expected, rel_tol=1e-6)
+    few = np.cov(rng.standard_normal((10, 30)), rowvar=False)  # of rank 9
+    assert abs(evaluate.frechet_distance(np.ones(30), few, np.ones(30), few)) < 1e-6
+    with pytest.raises(UserError, match="other shapes"):
+        evaluate.frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+    with pytest.raises(UserError, match="not finite"):
+        evaluate.frechet_distance(np.zeros(3), np.eye(3), np.full(3, np.nan), np.eye(3))
+
+
+def test_inception_score_of_known_distributions():
+    sure = 100 * F.one_hot(torch.arange(1000) % 8, 8).float()
+    assert math.isclose(evaluate.inception_score(sure)[0], 8, rel_tol=1e-6) and evaluate.inception_score(sure)[1] == 0
+    assert math.isclose(evaluate.inception_score(torch.zeros(50, 8))[0], 1, rel_tol=1e-9)
+    mean, deviation = evaluate.inception_score(torch.cat([sure[:800], sure[:1].expand(400, 8)]).numpy(), split_size=800)
+    assert math.isclose(mean, (8 + 1) / 2, rel_tol=1e-6) and math.isclose(deviation, 3.5, rel_tol=1e-6), "runs in order, the last one shorter"
+
+
+def test_precision_recall_on_toy_manifolds():
+    line = torch.arange(10.0)[:, None]  # every reach is 1.0, at the ends 2.0 (k=2)
+    assert evaluate.precision_recall(line, line, k=2) == (1, 1)
+    assert evaluate.precision_recall(line, line + 1000, k=2) == (0, 0)
+    half = torch.cat([line[:5], line[:5] + 1000])
+    assert evaluate.precision_recall(line, half, k=2) == (0.5, 0.7), "0 to 4, and with the reach of 2 of the last one 5 and 6"
+    copies = line[:1].repeat(10, 1)
+    assert evaluate.precision_recall(line, copies, k=2) == (1, 0.1), "collapsed: all within, little covered; a reach of 0 still covers its own place"
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(60, 5, generator=rng), 1.5 * torch.randn(50, 5, generator=rng)
+    d = torch.cdist(a.double(), a.double()).sort(1).values[:, 3]
+    assert math.isclose(evaluate.precision_recall(a, b)[0], float((torch.cdist(b.double(), a.double()) <= d).any(1).double().mean()))
+    with pytest.raises(UserError, match="more than 3 images in both sets; there are 60 and 3"):
+        evaluate.precision_recall(a, b[:3])
+
+
+def test_psnr_and_ssim_of_known_pairs():
+    flat = torch.zeros(1, 3, 16, 16)
+    assert math.isclose(float(train_tokenizer.psnr(flat, flat + 10 / 127.5)), 20 * math.log10(255 / 10), rel_tol=1e-5)
+    x, y = torch.rand(2, 2, 3, 12, 11).mul(2).sub(1).unbind()
+    assert torch.allclose(evaluate.ssim(x, x), torch.ones(2), atol=1e-5)
+    a, b = (fqgan.to_uint8(i).double().numpy() for i in (x, y))
+    expected = np.zeros(2)
+    for n, c, i, j in itertools.product(range(2), range(3), range(12 - 6), range(11 - 6)):
+        p, q = (z[n, c, i:i + 7, j:j + 7].ravel() for z in (a, b))
+        cov = np.cov(p, q)
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        expected[n] += (2 * p.mean() * q.mean() + c1) * (2 * cov[0, 1] + c2) / ((p.mean()**2 + q.mean()**2 + c1) * (cov[0, 0] + cov[1, 1] + c2)) / (3 * 6 * 5)
+    assert np.allclose(evaluate.ssim(x, y).numpy(), expected, atol=1e-4)
+    with pytest.raises(UserError, match="7x7"):
+        evaluate.ssim(x[..., :6], y[..., :6])
+
+
+def test_what_codes_tell():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 16, (2, 100_000))
+    assert abs(evaluate.mutual_information(a, a) - 4) < 1e-3
+    assert abs(evaluate.mutual_information(a, (a + 3) // 2 % 8) - 3) < 1e-3, "half of the codes, told apart in pairs"
+    assert evaluate.mutual_information(a, b) < 0.01 and abs(evaluate.mutual_information(a, a ^ (b & 1)) - 3) < 0.01
+    labels = torch.arange(600) % 5
+    vectors = F.normalize(torch.randn(5, 12), dim=1)
+    told = vectors[labels] + 0.1 * torch.randn(600, 12)
+    assert evaluate.linear_probe(told[:400], labels[:400], told[400:], labels[400:]) > 0.95
+    assert evaluate.linear_probe(torch.randn(400, 12), labels[:400], torch.randn(200, 12), labels[400:]) < 0.4
+    assert evaluate.linear_probe(torch.ones(400, 12), labels[:400], torch.ones(200, 12), labels[400:]) <= 0.2
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Made-up weights in the published file's format."""
+    torch.manual_seed(0)
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save({n: t for n, t in net.state_dict().items() if "num_batches_tracked" not in n}, path)
+    return path
+
+
+def test_inception_differs_from_torchvision_where_it_should(inception_file):
+    assert len(torch.load(inception_file, weights_only=True)) == 472
+    network = evaluate.Inception(inception_file)
+    images = torch.randint(0, 256, (2, 3, 40, 31), dtype=torch.uint8)
+    resized = evaluate.tf1_resize(images.float())
+    for row, column in [(0, 0), (298, 298), (100, 37), (150, 200)]:  # TensorFlow 1: source = i * in / out, the upper neighbour inside the picture
+        y, x = row * 40 / 299, column * 31 / 299
+        i, j, u, v = int(y), int(x), y - int(y), x - int(x)
+        i2, j2 = min(i + 1, 39), min(j + 1, 30)
+        expected = (1 - u) * ((1 - v) * images[..., i, j] + v * images[..., i, j2]) + u * ((1 - v) * images[..., i2, j] + v * images[..., i2, j2])
+        assert torch.allclose(resized[..., row, column], expected, atol=1e-2)
+    assert torch.equal(evaluate.tf1_resize(resized), resized)
+
+    units = {}
+    for name in ("Mixed_5b", "Mixed_6b", "Mixed_7b", "Mixed_7c"):
+        block = getattr(network.net, name)
+        block.register_forward_hook(lambda block, inputs, output, name=name: units.update({name: (inputs[0], output)}))
+    features, logits = network(images)
+    for name, (given, made) in units.items():
+        pool = F.max_pool2d(given, 3, 1, 1) if name == "Mixed_7c" else F.avg_pool2d(given, 3, 1, 1, count_include_pad=False)
+        unit = getattr(network.net, name).branch_pool
+        plain = F.relu(unit.bn(F.conv2d(pool, unit.conv.weight)))
+        assert torch.allclose(made[:, -plain.shape[1]:], plain, atol=1e-5), name
+    assert torch.allclose(features, units["Mixed_7c"][1].mean((2, 3)), atol=1e-5) and features.shape == (2, 2048)
+    weights = torch.load(inception_file, weights_only=True)
+    assert torch.allclose(logits, features @ weights["fc.weight"].T, atol=1e-5), "without the bias"
+
+
+class Bent(torch.nn.Module):
+    """Stands in for the network: images -> features and logits that are quick to make."""
+
+    def forward(self, images):
+        x = images.float().flatten(1) / 255
+        x = torch.cat([x, x.square()], 1)
+        return F.pad(x, (0, 2048 - x.shape[1])), x[:, :7]
+
+
+def test_streamed_statistics_are_those_of_the_whole():
+    images = torch.randint(0, 256, (50, 3, 6, 6), dtype=torch.uint8)
+    features = evaluate.Features(Bent(), every=3)
+    for numbers in torch.randperm(50).split(7):  # in any order
+        features.add(numbers, images[numbers])
+    made, (whole, logits) = features.finish(), Bent()(images)
+    assert np.allclose(made["mu"], whole.double().mean(0)) and np.allclose(made["sigma"], np.cov(whole.double().numpy(), rowvar=False), atol=1e-12)
+    assert np.array_equal(made["features"], whole[::3]) and np.array_equal(made["logits"], logits[::3])
+    with pytest.raises(UserError, match="1 image has no covariance"):
+        single = evaluate.Features(Bent())
+        single.add([0], images[:1])
+        single.finish()
+
+
+def images_folder(path, n, size=(16, 16), seed=0):
+    path.mkdir()
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(path / f"{i:03d}.png")
+    return pixels
+
+
+def test_sets_of_images(tmp_path, monkeypatch, capsys):
+    """A folder, an .npz stored or compressed: the same images, the same statistics, kept beside the set until it changes."""
+    pixels = images_folder(tmp_path / "folder", 12)
+    np.savez(tmp_path / "stored.npz", other=np.arange(3), arr_0=pixels)
+    np.savez_compressed(tmp_path / "small.npz", arr_0=pixels)
+    sets = [evaluate.open_set(tmp_path / name) for name in ("folder", "stored.npz", "small.npz")]
+    assert isinstance(sets[1].images.array, np.memmap), "not read into memory"
+    for images in sets:
+        assert len(images) == 12 and all(np.array_equal(images[i][1].permute(1, 2, 0), pixels[i]) for i in range(12))
+    options, network = type("Options", (), dict(batch_size=5, device="cpu")), Bent()
+    network.last = torch.zeros(1)
+    made = [evaluate.reference(images, network, options, every=1) for images in sets]
+    assert all(np.allclose(made[0][n], m[n]) for m in made for n in m)
+    capsys.readouterr()
+    again = evaluate.reference(sets[0], network, options, every=1)
+    assert "from " in capsys.readouterr().out and all(np.array_equal(again[n], made[0][n]) for n in again)
+    Image.fromarray(255 - pixels[3]).save(tmp_path / "folder" / "003.png")
+    other = evaluate.reference(evaluate.open_set(tmp_path / "folder"), network, options, every=1)
+    assert "from " not in capsys.readouterr().out and not np.allclose(other["mu"], made[0]["mu"])
+    for file in tmp_path.glob("folder.*.npz"):
+        file.write_bytes(file.read_bytes()[:1000])
+    evaluate.reference(evaluate.open_set(tmp_path / "folder"), network, options, every=1)
+    assert "made again" in capsys.readouterr().out
+    np.savez(tmp_path / "mixed.npz", arr_0=pixels, mu=np.ones(2048), sigma=np.eye(2048))
+    adm = evaluate.reference(evaluate.open_set(tmp_path / "mixed.npz"), network, options, every=1)
+    assert np.array_equal(adm["mu"], np.ones(2048)) and adm["features"].shape == (12, 2048), "ADM's files: their statistics, their images"
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path.mkdir(), "holds no image"),
+    (lambda path: None, "no such file or folder"),
+    (lambda path: path.write_text("x"), "give a folder of images, or an .npz"),
+    (lambda path: np.savez(path, images=np.zeros(3)), "holds images; expected arr_0"),
+    (lambda path: np.savez(path, arr_0=np.zeros((2, 3, 8, 8))), "arr_0 is float64"),
+    (lambda path: path.write_bytes(b"PK not really"), "cannot be read")])
+def test_sets_that_cannot_be_used(make, message, tmp_path):
+    path = tmp_path / ("set.npz" if "npz" not in message and "folder" not in message and "no image" not in message else "set")
+    make(path)
+    with pytest.raises(UserError, match=message):
+        evaluate.open_set(path)
+
+
+def test_images_of_two_sizes_are_refused(tmp_path):
+    images_folder(tmp_path / "set", 3)
+    Image.new("RGB", (9, 16)).save(tmp_path / "set" / "z.png")
+    with pytest.raises(UserError, match="z.png' is 9x16, the first of its set 16x16"):
+        list(evaluate.open_set(tmp_path / "set").batches(4))
+
+
+def test_evaluate_a_tokenizer(tmp_path, trained, monkeypatch, capsys):
+    """What has no weights is n/a with its reason, the rest is measured."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: (_ for _ in ()).throw(OSError("no route to host")))
+    call(evaluate, "--tokenizer", trained / "tokenizer.pt", "--device", "cpu", "--n", 50, "--json", tmp_path / "figures.json", "--out", tmp_path / "e.png")
+    text, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+    assert figures["rfid"] is None and "pt_inception" in figures["missing"]["rfid"] and "no route to host" in figures["missing"]["lpips"] and "n/a" in text
+    assert {"psnr", "ssim", "usage_1", "perplexity_2", "probe_1", "mutual_information_1_2", "mutual_information_1_2_by_chance"} <= figures.keys()
+    assert Image.open(tmp_path / "e.png").height == 4 + 4 * 100
+    model, data = fqgan.load_tokenizer(trained / "tokenizer.pt"), load_data("shapes", 16, False)
+    images = torch.stack([data[i][0] for i in train_tokenizer.fixed_draw(data)[:50]])
+    ids = model.encode(images)
+    assert math.isclose(figures["psnr"], float(train_tokenizer.psnr(images, model.decode(ids)).mean()), rel_tol=1e-4)
+    assert figures["usage_1"] == len(ids[:, 0].unique()) / 32
+    assert not list(tmp_path.rglob("*.tmp")), "nothing of a failed download stays"
+
+
+def test_evaluate_ranks_agree_and_sets_compare(tmp_path, trained, inception_file):
+    """With made-up weights: two processes give one's figures, and the same set twice has a distance of 0."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"]).state_dict(prefix="features."), tmp_path / "vgg16.pth")
+    torch.save({f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}, tmp_path / "vgg.pth", _use_new_zipfile_serialization=False)
+    weights = ["--inception", inception_file, "--vgg", tmp_path / "vgg16.pth", "--lpips", tmp_path / "vgg.pth"]
+    flags = ["evaluate.py", "--device", "cpu", "--batch-size", 3, "--dtype", "float32", *weights]
+    pixels = images_folder(tmp_path / "real", 8)
+    modes = {"tokenizer": ["--tokenizer", trained / "tokenizer.pt", "--count", 8, "--data", tmp_path / "real"],
+             "gpt": ["--gpt", trained / "gpt.pt", "--count", 8, "--real", tmp_path / "real"]}
+    for mode, extra in modes.items():
+        for ranks in (0, 2):
+            made = shell(*flags, *extra, "--json", tmp_path / f"{mode}{ranks}", "--out", tmp_path / "picture.png", ranks=ranks)
+            assert made.returncode == 0, made.stderr
+        one, two = (json.loads((tmp_path / f"{mode}{ranks}").read_text()) for ranks in (0, 2))
+        assert one.keys() == two.keys() and all(one[n] == two[n] or math.isclose(one[n], two[n], rel_tol=1e-4) for n in one if n != "missing"), (one, two)
+        assert {"tokenizer": {"lpips", "rfid", "psnr"}, "gpt": {"fid", "inception_score", "precision", "recall"}}[mode] <= {n for n in one if one[n] is not None}
+    np.savez(tmp_path / "fake.npz", arr_0=pixels)
+    call(evaluate, "--real", tmp_path / "real", "--fake", tmp_path / "fake.npz", "--device", "cpu", *weights, "--json", tmp_path / "same", "--out", tmp_path / "picture.png")
+    same = json.loads((tmp_path / "same").read_text())
+    assert abs(same["fid"]) < 1e-4 and same["precision"] == same["recall"] == 1
+
+
+def test_lpips_against_its_formula(tmp_path):
+    torch.manual_seed(0)
+    features = torchvision.models.vgg16(weights=None, init_weights=False).features
+    torch.save({f"features.{n}": t for n, t in features.state_dict().items()} | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
+    lin = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(lin, tmp_path / "vgg.pth", _use_new_zipfile_serialization=False)
+    distance = fqgan.LPIPS(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    x, y = torch.rand(2, 2, 3, 32, 32).mul(2).sub(1).unbind()
+    expected, maps = torch.zeros(2), [(i - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1) for i in (x, y)]
+    for n, layer in enumerate(features[:30]):
+        maps = [layer(m) for m in maps]
+        if n in (3, 8, 15, 22, 29):
+            a, b = (m / (m.square().sum(1, keepdim=True).sqrt() + 1e-10) for m in maps)
+            expected += ((a - b).square() * lin[f"lin{(3, 8, 15, 22, 29).index(n)}.model.1.weight"][0]).sum(1).mean((1, 2))
+    assert torch.allclose(distance(x, y), expected, rtol=1e-4) and torch.equal(distance(x, x), torch.zeros(2))
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    with torch.no_grad():
+        for p in distance.features.parameters():
+            p.zero_()  # all features 0: the plain form's gradient would be NaN
+    distance(flat, y[:1]).sum().backward()
+    assert flat.grad.isfinite().all() and not any(p.requires_grad for p in distance.train().parameters())
+    with pytest.raises(UserError, match="does not hold the weights of"):
+        fqgan.LPIPS(tmp_path / "vgg.pth", tmp_path / "vgg.pth")

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fqgan import GPT, GPTConfig, UserError, flag, load_data, load_tokenizer, save_grid
-from train_tokenizer import Run, TrainConfig, cli, parse, per_code, pick
+from fqgan import GPT, GPTConfig, UserError, flag, load_data, load_tokenizer
+from train_tokenizer import Run, TrainConfig, cli, parse, per_code, pick, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
 PRESETS = {
-    "tiny": dict(n_layer=6, n_head=4, n_embd=256, head_layers=2, dropout=0.0, steps=1500, batch_size=64, lr=1e-3, warmup=100,
-                 final_lr=0.0, workers=0, eval_every=500),
+    "tiny": dict(n_layer=6, n_head=3, n_embd=192, head_layers=1, dropout=0.0, steps=1200, batch_size=32, lr=2e-3, warmup=100,
+                 final_lr=0.0, workers=0, eval_every=600),
     "far-b": FAR,
     "far-l": FAR | dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
 }
@@ -34,7 +34,7 @@ PRESETS = {
 class TokenConfig:
     tokenizer: str = flag("", "the tokenizer's checkpoint; empty: tokenizer.pt in --out")
     crops: int = flag(1, "views of each training image: 1 (center), 2 (and its mirror image), 10 (five places, mirrored)")
-    cfg_scale: float = flag(2.0, "guidance of the sample pictures")
+    cfg_scale: float = flag(1.5, "guidance of the sample pictures")
 
 
 class Tokens(torch.utils.data.Dataset):

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from fqgan import (FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_loss, load_checkpoint, load_data, psnr,
-                   save_checkpoint, save_grid, usage)
+from fqgan import FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_loss, load_checkpoint, load_data, to_uint8
 
 # The fqgan presets are the paper's recipe (sec. 4.1 and the official training script), which is the flags' defaults.
 PRESETS = {
@@ -39,7 +39,7 @@ PRESETS = {
 
 
 # -----------------------------------------------------------------------------
-# What all scripts share: errors, flags, devices
+# What all scripts share: errors, flags, devices, files, figures
 
 
 def cli(main):
@@ -95,6 +95,51 @@ def has_fast_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capable = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cpu" and bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
+
+
+def save_checkpoint(path, contents):
+    """Writes to a temporary name and renames, so that `path` always holds a whole checkpoint."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
+
+
+def save_grid(path, rows, tile=96):
+    """
+    Writes rows of images as one picture. rows: list of (label, images (n,3,H,W) in [-1, 1]); the label stands to the
+    left. Images smaller than `tile` pixels are enlarged by a whole factor without smoothing.
+    """
+    size = rows[0][1].shape[-1]
+    zoom, gap, font = max(1, -(-tile // size)), 4, ImageFont.load_default(14)
+    step = size * zoom + gap
+    margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 12
+    sheet = Image.new("RGB", (margin + step * max(len(images) for _, images in rows), gap + step * len(rows)), "white")
+    for r, (label, images) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((margin - 6, gap + r * step + step // 2), label, fill="black", font=font, anchor="rm")
+        for c, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+            picture = Image.fromarray(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + c * step, gap + r * step))
+    sheet.save(path)
+
+
+def psnr(images, others):
+    """(B,3,H,W) in [-1,1] twice -> (B,) peak signal-to-noise ratio in dB, of the images as 8-bit files hold them."""
+    error = (to_uint8(images).float() - to_uint8(others).float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / error.clamp(min=1e-4))
+
+
+def usage(counts):
+    """counts (..., V) of how often each code was chosen -> (share of codes chosen at all, perplexity), each (...)"""
+    counts = counts.cpu()  # float64 is not to be had on every device
+    p = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()
 
 
 # -----------------------------------------------------------------------------
@@ -489,17 +534,15 @@ def evaluate(model, data, run):
 
 
 @torch.no_grad()
-def reconstruction_grid(path, model, data, run, n=10):
-    """n images of `data`, drawn as for the evaluation, their reconstructions, and what each sub-codebook holds of them alone."""
+def reconstruction_rows(model, images):
+    """For save_grid: the images, their reconstructions, what each sub-codebook holds of them alone, and what is left without it."""
     was_training = model.training
-    model.eval()
-    images = torch.stack([data[i][0] for i in fixed_draw(data)[:n]]).to(run.device)
-    ids = model.encode(images)
+    ids, each = model.eval().encode(images), range(model.config.k)
     rows = [("original", images), ("reconstruction", model.decode(ids))]
-    if model.config.k > 1:
-        rows += [(f"codebook {i + 1} alone", model.decode(ids, only=[i])) for i in range(model.config.k)]
-    save_grid(path, rows)
+    rows += [(f"codebook {i + 1} alone", model.decode(ids, only=[i])) for i in each if model.config.k > 1]
+    rows += [(f"without {i + 1}", model.decode(ids, only=[j for j in each if j != i])) for i in each if model.config.k > 2]
     model.train(was_training)
+    return rows
 
 
 def main():
@@ -562,7 +605,8 @@ def main():
                     + " ".join(f"{100 * figures[f'val_usage_{i + 1}']:.1f}" for i in range(config.k)) + " %, perplexity "
                     + " ".join(f"{figures[f'val_perplexity_{i + 1}']:.0f}" for i in range(config.k)))
             if run.rank == 0:
-                reconstruction_grid(run.path.parent / "recon.png", best, held_out, run)
+                images = torch.stack([held_out[i][0] for i in fixed_draw(held_out)[:10]]).to(run.device)
+                save_grid(run.path.parent / "recon.png", reconstruction_rows(best, images))
             run.save(config=asdict(config))
     run.finish(f"{run.path}, {run.path.parent / 'recon.png'} (look at it), {run.path.parent / 'log.csv'}", "python train_gpt.py")
 
