@@ -13,13 +13,17 @@ Sources:
 4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss, eq. 4)
 """
 
+import argparse
+import functools
 import hashlib
 import inspect
 import itertools
 import math
 import os
 import random
+import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,16 +43,22 @@ class UserError(ValueError):
 
 
 def load_checkpoint(path, kind):
-    """The dict that train_tokenizer.save_checkpoint wrote. Raises UserError for a file that is missing, damaged or not of `kind`."""
+    """
+    The dict that train_tokenizer.save_checkpoint wrote; of a published file, its `config` and `model` under our names.
+    Raises UserError for a file that is missing, damaged or not of `kind`.
+    """
     if not Path(path).is_file():
         raise UserError(f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one, of plain values
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds: pickle, zip, EOF, runtime, key errors
         raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else "
                         f"({type(error).__name__})") from None
-    if not isinstance(contents, dict) or contents.get("kind") != kind:
-        found = contents.get("kind") if isinstance(contents, dict) else None
+    found = contents.get("kind") if isinstance(contents, dict) else None
+    if isinstance(contents, dict) and not found:
+        found, contents = read_published(contents, path)
+    if found != kind:
         raise UserError(f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
     return contents
 
@@ -370,12 +380,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, activation=F.gelu):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2, self.activation = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), activation
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -388,6 +398,23 @@ class Block(nn.Module):
     def forward(self, x, **attention_options):
         x = x + self.dropout(self.attn(self.norm1(x), **attention_options))
         return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Vision transformer over tokens (B, T, width) with learned positions; `class_token` puts one more in front of them."""
+
+    def __init__(self, width, depth, heads, length, class_token=False, activation=F.gelu, eps=1e-5):
+        super().__init__()
+        norm = functools.partial(nn.LayerNorm, eps=eps)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(1, width)) if class_token else None
+        self.positions = nn.Parameter(width**-0.5 * torch.randn(length + class_token, width))
+        self.norm_pre, self.norm_post = norm(width), norm(width)
+        self.blocks = nn.Sequential(*(Block(width, Attention(width, heads), MLP(width, activation), norm) for _ in range(depth)))
+
+    def forward(self, x):
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        return self.norm_post(self.blocks(self.norm_pre(x + self.positions)))
 
 
 # -----------------------------------------------------------------------------
@@ -422,8 +449,11 @@ class FQGANConfig:
     entropy_final: float = flag(1.0, "share of --entropy-weight that an exponential decay over the run ends at; 1 for no decay")
     entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
+    representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
+    perceptual_weight: float = flag(1.0, "weight of LPIPS; 0 for none")
     disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
     disc_start: int = flag(20_000, "step from which the adversarial losses are on")
+    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks; follows from the teachers
 
     def __post_init__(self):
         def require(condition, message):
@@ -440,7 +470,8 @@ class FQGANConfig:
                 f"{max(1, self.image_size // self.downsample) * self.downsample} is")
         if not self.channel_mult:  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x; 1,1,1,2,2,4 at 32x
             self.channel_mult = ((1,) + ((1,) * int(levels) + (2, 2, 4))[-int(levels) + 1:])[:int(levels)]
-        self.channel_mult = tuple(self.channel_mult)
+        self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
+        require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
         require(len(self.channel_mult) == levels,
                 f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} has {int(levels)}")
         widths = [self.channels] + [self.channels * m for m in self.channel_mult]
@@ -569,24 +600,19 @@ class Decoder(nn.Module):
 # Tokenizer: adapters
 
 
-class Adapter(nn.Module):
+class Adapter(ViT):
     """
     Turns the shared features towards one sub-codebook: (B, C, h, w) -> (B, width, h, w), sec. 3.2.
     No skip around it; the learned positions fix the grid.
     """
 
     def __init__(self, c_in, config):
-        super().__init__()
-        width = config.adapter_width
-        self.proj_in = nn.Linear(c_in, width) if c_in != width else nn.Identity()
-        self.positions = nn.Parameter(width**-0.5 * torch.randn(config.grid**2, width))
-        self.norm_pre, self.norm_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.blocks = nn.Sequential(*(Block(width, Attention(width, config.adapter_heads), MLP(width)) for _ in range(config.adapter_depth)))
+        super().__init__(config.adapter_width, config.adapter_depth, config.adapter_heads, config.grid**2)
+        self.proj_in = nn.Linear(c_in, config.adapter_width) if c_in != config.adapter_width else nn.Identity()
 
     def forward(self, x):
         B, _, h, w = x.shape
-        x = self.proj_in(x.flatten(2).transpose(1, 2)) + self.positions  # (B, h*w, width), row by row
-        x = self.norm_post(self.blocks(self.norm_pre(x)))
+        x = super().forward(self.proj_in(x.flatten(2).transpose(1, 2)))  # (B, h*w, width), row by row
         return x.transpose(1, 2).reshape(B, -1, h, w).contiguous()
 
 
@@ -676,13 +702,110 @@ def disentangle_loss(quantized):
 
 
 # -----------------------------------------------------------------------------
+# Tokenizer: representation learning
+
+
+class FeatureHead(ViT):
+    """Predicts a teacher's features from the codes of one sub-codebook: (B,d,h,w) -> (B,width), sec. 3.2."""
+
+    def __init__(self, width, config):
+        super().__init__(width, 3, math.gcd(8, width), config.grid**2, class_token=True)
+        self.mlp = nn.Sequential(nn.Linear(config.codebook_dim, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, quantized):
+        return super().forward(self.mlp(quantized.flatten(2).transpose(1, 2)))[:, 0]
+
+
+def representation_loss(predicted, features, first=0):
+    """
+    InfoNCE on cosines, without temperature: each prediction (B,D) is to find its own among the features (N,D), which
+    are the B from number `first` on; with N = B the others of the batch are the negatives. Sec. 3.2, "Representation Learning".
+    """
+    cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
+    return F.cross_entropy(cosine, torch.arange(first, first + len(predicted), device=cosine.device))
+
+
+class Teacher(ViT):
+    """
+    CLIP's or DINOv2's vision transformer, frozen: images (B,3,H,W) in [-1,1] -> its class token (B,width); CLIP's before the
+    final norm, DINOv2's after it. Images are resized to its resolution by nearest neighbours, as in the official code.
+    """
+
+    def __init__(self, width, depth, patch, grid, clip):
+        super().__init__(width, depth, width // 64, grid**2, True, (lambda x: x * torch.sigmoid(1.702 * x)) if clip else F.gelu, 1e-5 if clip else 1e-6)
+        setattr(self, "norm_post" if clip else "norm_pre", nn.Identity())
+        self.size, self.patch = grid * patch, nn.Conv2d(3, width, patch, patch, bias=not clip)
+        mean_std = [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]] if clip else [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+        self.register_buffer("mean_std", torch.tensor(mean_std).view(2, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        mean, std = self.mean_std
+        x = (F.interpolate(images, self.size, mode="nearest") / 2 + 0.5 - mean) / std
+        return super().forward(self.patch(x).flatten(2).transpose(1, 2))[:, 0].float()
+
+
+CLIP, DINO = "https://openaipublic.azureedge.net/clip/models", "https://dl.fbaipublicfiles.com/dinov2"
+TEACHERS = {name: (f"{place}/{file}", digest) for name, place, digest, file in (  # SHA-256
+    ("clip_vitb16", f"{CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "5806e77cd80f8b59", "ViT-B-16.pt"),
+    ("clip_vitl14", f"{CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "b8cca3fd41ae0c99", "ViT-L-14.pt"),
+    ("dinov2_vits14", f"{DINO}/dinov2_vits14", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9", "dinov2_vits14_pretrain.pth"),
+    ("dinov2_vitb14", f"{DINO}/dinov2_vitb14", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73", "dinov2_vitb14_pretrain.pth"))}
+
+
+def load_teacher(name, weights=None):
+    """
+    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, from a local file `weights` or else fetched once; or
+    any model of one's own, a TorchScript file or a torch.export one (.pt2). Raises UserError where it cannot be had.
+    """
+    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
+    if not path.is_file():
+        raise UserError(f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, but OpenAI's files are made of it
+            if name not in TEACHERS:
+                teacher = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu").eval()
+            else:
+                try:
+                    state = torch.load(path, map_location="cpu", weights_only=True)
+                except RuntimeError:
+                    state = torch.jit.load(path, map_location="cpu").state_dict()
+                clip = "visual.conv1.weight" in state
+                state = clip_weights(state) if clip else dinov2_weights(state)
+                width, _, patch, _ = state["patch.weight"].shape
+                teacher = Teacher(width, count(state, r"blocks\.(\d+)"), patch, math.isqrt(len(state["positions"])), clip).eval()
+                teacher.load_state_dict(state)
+        for p in teacher.parameters():
+            p.requires_grad_(False)
+        return teacher
+    except Exception as error:  # unpickling, archives, keys and shapes: each has its own kinds
+        raise UserError(f"{path} does not hold the teacher {name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
+
+
+def clip_weights(state):
+    state = {n.removeprefix("visual."): t.float() for n, t in state.items() if n.startswith("visual.") and n != "visual.proj" and "ln_post" not in n}
+    state["class_embedding"] = state["class_embedding"][None]
+    return rename(state, {"^conv1": "patch"} | BLOCK_NAMES)
+
+
+def dinov2_weights(state):
+    state = rename({n: t for n, t in state.items() if n != "mask_token"}, {r"patch_embed\.proj": "patch", r"^norm\.": "norm_post."})
+    for name, layer in [(n, n.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")) for n in state if n.endswith("gamma")]:
+        scale = state.pop(name)  # of a branch's output: put into the weights of its last layer
+        state |= {f"{layer}.weight": scale[:, None] * state[f"{layer}.weight"], f"{layer}.bias": scale * state[f"{layer}.bias"]}
+    first, *table = state.pop("pos_embed")[0].split([1, 37**2])
+    table = table[0].T.unflatten(1, (37, 37))[None]  # to 16x16, by a scale that is 0.1 off, as DINOv2's own code does it
+    table = F.interpolate(table, scale_factor=(16 + 0.1) / 37, mode="bicubic")[0].flatten(1).T
+    return state | {"positions": torch.cat([first, table]), "class_embedding": state.pop("cls_token")[0]}
+
+
+# -----------------------------------------------------------------------------
 # Tokenizer: the whole
 
 
 class Branch(nn.Module):
-    """From the shared features (B,C,h,w) to one sub-codebook's vectors (B,d,h,w)."""
+    """From the shared features (B,C,h,w) to one sub-codebook's vectors (B,d,h,w); with its quantizer and, if a teacher supervises it, its head."""
 
-    def __init__(self, c_in, config):
+    def __init__(self, c_in, config, teacher_width):
         super().__init__()
         width = config.adapter_width if config.adapter_depth else c_in
         self.adapter = Adapter(c_in, config) if config.adapter_depth else nn.Identity()
@@ -690,6 +813,7 @@ class Branch(nn.Module):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
                                    config.entropy_weight, config.entropy_temperature)
+        self.head = FeatureHead(teacher_width, config) if teacher_width else None
 
     def forward(self, features):
         return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.adapter(features)))))
@@ -707,7 +831,8 @@ class FQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         c = config.channels * config.channel_mult[-1]
-        self.branches = nn.ModuleList(Branch(c, config) for _ in range(config.k))
+        widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
+        self.branches = nn.ModuleList(Branch(c, config, width) for width in widths)
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
         self.apply(self.initialize)
@@ -759,14 +884,19 @@ class FQGAN(nn.Module):
         codes = [b.quantizer.lookup(ids[:, i]) for i, b in enumerate(self.branches)]
         return self.paint([c if only is None or i in only else torch.zeros_like(c) for i, c in enumerate(codes)])
 
-    def forward(self, images):
+    def forward(self, images, features=(), first=0):
         """
         images (B,3,H,W) -> (reconstruction (B,3,H,W), losses): scalars with their weights in them, to be summed.
+        features: what each teacher says of the images, (N,D) of which the B from `first` on are theirs, see representation_loss.
         The perceptual and adversarial terms need other networks and are added by the training script.
         """
         quantized, _, losses = zip(*(b.quantizer(z) for b, z in zip(self.branches, self.vectors(images))))
         losses = {name: sum(each[name] for each in losses) for name in losses[0]}
         losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
+        if features:
+            heads = [branch.head for branch in self.branches if branch.head]
+            losses["representation"] = self.config.representation_weight * sum(
+                representation_loss(head(q), target, first) for head, q, target in zip(heads, quantized[-len(heads):], features))
         reconstruction = self.paint(quantized)
         losses["reconstruct"] = F.mse_loss(reconstruction, images)
         return reconstruction, losses
@@ -1040,5 +1170,96 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def load_gpt(path, device="cpu", grid=None):
-    """A trained GPT in eval mode. Raises UserError for a file that is missing, damaged or something else."""
-    return build(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device)
+    """
+    A trained GPT in eval mode, ours or published (FAR's, LlamaGen's class-conditional ones). grid: positions a side, for files that do not
+    say theirs (16 is assumed). Raises UserError for a file that is missing, damaged or something else.
+    """
+    state = load_checkpoint(path, "gpt")
+    if grid and "kind" not in state:
+        state["config"]["grid"] = grid
+    return build(GPT, GPTConfig, state, path, device)
+
+
+# -----------------------------------------------------------------------------
+# Published checkpoints: the names of FQGAN, FAR, LlamaGen and CLIP, and ours. Pattern: replacement, applied one after the other.
+
+BLOCK_NAMES = {r"ln_(\d)": r"norm\1", r"attn\.in_proj_": "attn.qkv.", r"attn\.out_proj": "attn.proj", r"mlp\.c_fc": "mlp.fc1", r"mlp\.c_proj": "mlp.fc2",
+               "ln_p": "norm_p", "positional_embedding": "positions", r"transformer\.(resblocks\.)?": "blocks."}
+CONV_NAMES = {r"conv_blocks\.": "levels.", "nin_shortcut": "shortcut", r"(down|up)sample\.": "resample.", r"proj_out\.": "attn.proj."}
+BRANCHES = {  # by k, for each sub-codebook: the ending of its names, its adapter, its feature head
+    1: [("", "none", "none")],
+    2: [("_vis", "visual_head", "none"), ("_sem", "semantic_head", "feat_pred_head")],
+    3: [("_vis", "visual_head", "none"), ("_sem_mid", "semantic_head_mid", "mid_sem_feat_pred"), ("_sem_high", "semantic_head_high", "high_sem_feat_pred")]}
+GPT_NAMES = {
+    r"^cls_embedding\.embedding_table": "class_embedding", r"^tok_embeddings\.": "tok_embeddings_1.", r"^output\.": "output_1.", "^aggregation_layer": "aggregate",
+    r"^layers\.": "trunk.", r"^ar_head\.": "head.", r"attention\.wqkv": "attn.qkv", r"attention\.wo": "attn.proj", r"feed_forward\.": "mlp.",
+    "attention_norm": "norm1", "ffn_norm": "norm2",
+    **{f"^{theirs}_{i + 1}\\.": f"{ours}.{i}." for i in range(9) for theirs, ours in (("tok_embeddings", "token_embeddings"), ("output", "outputs"))}}
+
+
+def rename(state, names):
+    """A state dict under other names."""
+    def one(name):
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        return name
+    return {one(name): tensor for name, tensor in state.items()}
+
+
+def count(state, pattern):
+    """One more than the highest number that a name of the state dict has where the pattern says, 0 for none."""
+    return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state) if m), default=-1)
+
+
+def read_published(contents, path):
+    """
+    (kind, {"config", "model"}) of a file as FQGAN's or LlamaGen's authors publish it, told by its keys; (None, {}) of any other.
+    The moving average of the weights is taken where there is one. Raises UserError for a file that is nearly one.
+    """
+    state = next((contents[n] for n in ("ema", "model", "module", "state_dict") if isinstance(contents.get(n), dict) and contents[n]), contents)
+    state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", n)}
+    if "cls_embedding.cap_proj.fc1.weight" in state:
+        raise UserError(f"{path} is a text-conditional GPT; only class-conditional ones are supported")
+    try:
+        if "encoder.conv_in.weight" in state and "post_quant_conv.weight" in state:
+            return "tokenizer", published_tokenizer(state)
+        if "cls_embedding.embedding_table.weight" in state:
+            return "gpt", published_gpt(state, contents.get("args"))
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} looks like a published checkpoint, but cannot be used: {type(error).__name__} {error}") from None
+    return None, {}
+
+
+def published_tokenizer(state):
+    k = sum(n.startswith("quantize") for n in state)
+    names = dict(CONV_NAMES)
+    for i, (ending, adapter, head) in enumerate(BRANCHES[k]):
+        names |= {rf"^encoder\.{adapter}\.0\.": f"branches.{i}.adapter.", rf"^{head}\.upscale\.": f"branches.{i}.head.mlp.", rf"^{head}\.": f"branches.{i}.head.",
+                  rf"^encoder\.(norm|conv)_out{ending}\.": rf"branches.{i}.\1_out.", rf"^quant_conv{ending}\.": f"branches.{i}.quant_conv.",
+                  rf"^quantize{ending}\.embedding\.weight": f"branches.{i}.quantizer.codebook"}
+    state = rename(state, names | BLOCK_NAMES)
+    for name in [n for n in state if re.search(r"\.q\.(weight|bias)$", n)]:  # three 1x1 convolutions are one linear layer
+        place, kind = name.split(".q.")
+        state[f"{place}.attn.qkv.{kind}"] = torch.cat([state.pop(f"{place}.{part}.{kind}") for part in "qkv"])
+    state = {n: t.flatten(1) if t.ndim == 4 and ".attn." in n else t for n, t in state.items()}
+
+    levels, channels = count(state, r"encoder\.levels\.(\d+)"), len(state["encoder.conv_in.weight"])
+    config = dict(
+        k=k, downsample=2 ** (levels - 1), channels=channels, z_channels=len(state["post_quant_conv.weight"]), res_blocks=count(state, r"encoder\.levels\.0\.res\.(\d+)"),
+        channel_mult=tuple(len(state[f"encoder.levels.{i}.res.0.conv1.weight"]) // channels for i in range(levels)),
+        adapter_depth=count(state, r"branches\.0\.adapter\.blocks\.(\d+)"),
+        teacher_widths=tuple(state[n].shape[1] for n in (f"branches.{i}.head.positions" for i in range(k)) if n in state))
+    config["codebook_size"], config["codebook_dim"] = state["branches.0.quantizer.codebook"].shape
+    if config["adapter_depth"]:
+        positions, config["adapter_width"] = state["branches.0.adapter.positions"].shape
+        config["image_size"] = math.isqrt(positions) * config["downsample"]
+    return {"config": config, "model": state}
+
+
+def published_gpt(state, args):
+    state = rename(state, GPT_NAMES)
+    classes, width = state["class_embedding.weight"].shape
+    return {"model": state, "config": dict(
+        k=count(state, r"token_embeddings\.(\d+)"), vocab_size=len(state["outputs.0.weight"]), num_classes=classes - 1, n_embd=width,
+        n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"), n_head=32 if width == 3200 else width // 64,
+        grid=int(args.image_size) // int(args.downsample_size) if hasattr(args, "downsample_size") else 16)}

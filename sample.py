@@ -74,12 +74,14 @@ def load_generator(path, tokenizer_path=None, device="cpu"):
     `tokenizer_path` takes its place. Raises UserError where the two do not fit each other.
     """
     state = load_checkpoint(path, "gpt")
+    if not tokenizer_path and "tokenizer" not in state:
+        raise UserError(f"{path} holds no tokenizer: name it with --tokenizer")
     gpt = build(GPT, GPTConfig, state, path, device)
     tokenizer = load_tokenizer(tokenizer_path, device) if tokenizer_path else build(FQGAN, FQGANConfig, state["tokenizer"], path, device)
     for name, ours, its in (("k", gpt.config.k, tokenizer.config.k), ("codes", gpt.config.vocab_size, tokenizer.config.codebook_size)):
         if ours != its:
             raise UserError(f"{path} was trained for {name} {ours}, the tokenizer {tokenizer_path or path} has {name} {its}")
-    return gpt, tokenizer, state["classes"]
+    return gpt, tokenizer, state.get("classes") or [str(i) for i in range(gpt.config.num_classes)]
 
 
 def generate(gpt, tokenizer, labels, batches, args):

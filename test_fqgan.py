@@ -5,8 +5,10 @@ unbroken one, two processes against one, bad input against its one line. Nothing
 $ python -m pytest -q test_fqgan.py
 """
 
+import argparse
 import copy
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -749,6 +751,431 @@ def test_more_mistakes(tmp_path, trained):
         call(sample, "--gpt", trained / "gpt.pt", "--tokenizer", tmp_path / "k3" / "tokenizer.pt")
     result = shell("train_tokenizer.py", "--k", 0)
     assert result.returncode == 1 and result.stderr == "train_tokenizer.py: k is 0; it must be at least 1\n" and result.stdout == ""
+
+
+# -----------------------------------------------------------------------------
+# Published files: made up here in the published format, and run by the format's description instead of by our modules
+
+G32 = dict(num_groups=32, eps=1e-6)
+
+
+class Published:
+    """Random weights under published names; `norm`, `conv`, ... are what the description says of a name."""
+
+    def __init__(self):
+        self.state = {}
+
+    def add(self, name, *shape, bias=True):
+        self.state[f"{name}.weight"] = torch.randn(shape) * (0.5 / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else 0.2) + (len(shape) == 1)
+        if bias:
+            self.state[f"{name}.bias"] = 0.1 * torch.randn(shape[0])
+
+    def get(self, name):
+        return self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
+
+    def norm(self, name, x):
+        return F.group_norm(x, weight=self.state[f"{name}.weight"], bias=self.state[f"{name}.bias"], **G32)
+
+    def res(self, name, x):
+        h = F.conv2d(F.silu(self.norm(f"{name}.norm1", x)), *self.get(f"{name}.conv1"), padding=1)
+        h = F.conv2d(F.silu(self.norm(f"{name}.norm2", h)), *self.get(f"{name}.conv2"), padding=1)
+        return h + (F.conv2d(x, *self.get(f"{name}.nin_shortcut")) if f"{name}.nin_shortcut.weight" in self.state else x)
+
+    def attn(self, name, x):
+        q, k, v = (F.conv2d(self.norm(f"{name}.norm", x), *self.get(f"{name}.{n}")).flatten(2) for n in "qkv")
+        y = v @ ((q.transpose(1, 2) @ k) / q.shape[1] ** 0.5).softmax(2).transpose(1, 2)
+        return x + F.conv2d(y.view(x.shape), *self.get(f"{name}.proj_out"))
+
+    def transformer(self, name, x, blocks, act=F.gelu):
+        W = x.shape[-1]
+        for i in range(blocks):
+            n = f"{name}.{i}"
+            h = F.layer_norm(x, (W,), *self.get(f"{n}.ln_1"))
+            x = x + F.multi_head_attention_forward(
+                *[h.transpose(0, 1)] * 3, W, 8 if act is F.gelu else W // 64, self.state[f"{n}.attn.in_proj_weight"], self.state[f"{n}.attn.in_proj_bias"], None, None, False, 0.0,
+                *self.get(f"{n}.attn.out_proj"), need_weights=False)[0].transpose(0, 1)
+            h = act(F.linear(F.layer_norm(x, (W,), *self.get(f"{n}.ln_2")), *self.get(f"{n}.mlp.c_fc")))
+            x = x + F.linear(h, *self.get(f"{n}.mlp.c_proj"))
+        return x
+
+    def add_res(self, name, c_in, c_out):
+        for part, shape in dict(norm1=(c_in,), conv1=(c_out, c_in, 3, 3), norm2=(c_out,), conv2=(c_out, c_out, 3, 3), **{"nin_shortcut": (c_out, c_in, 1, 1)} if c_in != c_out else {}).items():
+            self.add(f"{name}.{part}", *shape)
+
+    def add_attn(self, name, c):
+        self.add(f"{name}.norm", c)
+        for part in ("q", "k", "v", "proj_out"):
+            self.add(f"{name}.{part}", c, c, 1, 1)
+
+    def add_blocks(self, name, W, n):
+        for i in range(n):
+            for part, shape in {"ln_1": (W,), "ln_2": (W,), "attn.out_proj": (W, W), "mlp.c_fc": (4 * W, W), "mlp.c_proj": (W, 4 * W)}.items():
+                self.add(f"{name}.{i}.{part}", *shape)
+            self.state |= {f"{name}.{i}.attn.in_proj_weight": torch.randn(3 * W, W) / W**0.5, f"{name}.{i}.attn.in_proj_bias": 0.1 * torch.randn(3 * W)}
+
+
+class PublishedTokenizer(Published):
+    def __init__(self, k, widths=(32, 32, 64), W=64, z=32, V=64, d=8, grid=4):
+        super().__init__()
+        torch.manual_seed(k)
+        self.branches = {1: [""], 2: ["_vis", "_sem"], 3: ["_vis", "_sem_mid", "_sem_high"]}[k]
+        self.adapters = {1: [None], 2: ["visual_head", "semantic_head"], 3: ["visual_head", "semantic_head_mid", "semantic_head_high"]}[k]
+        self.heads = {1: {}, 2: {"feat_pred_head": 48}, 3: {"mid_sem_feat_pred": 24, "high_sem_feat_pred": 48}}[k]
+        self.L, top, self.grid = len(widths), widths[-1], grid
+        for side, inputs, blocks in (("encoder", [(widths[0], widths[0]), *zip(widths, widths[1:])], 2), ("decoder", [(top, top), *zip(widths[::-1], widths[-2::-1])], 3)):
+            self.add(f"{side}.conv_in", *((widths[0], 3, 3, 3) if side == "encoder" else (top, z, 3, 3)))
+            for level, (c_in, c_out) in enumerate(inputs):
+                for i in range(blocks):
+                    self.add_res(f"{side}.conv_blocks.{level}.res.{i}", c_in if i == 0 else c_out, c_out)
+                    if level == (self.L - 1 if side == "encoder" else 0):
+                        self.add_attn(f"{side}.conv_blocks.{level}.attn.{i}", c_out)
+                if level < self.L - 1:
+                    self.add(f"{side}.conv_blocks.{level}.{'down' if side == 'encoder' else 'up'}sample.conv", c_out, c_out, 3, 3)
+            self.add_res(f"{side}.mid.0", top, top)
+            self.add_attn(f"{side}.mid.1", top)
+            self.add_res(f"{side}.mid.2", top, top)
+        for b, adapter in zip(self.branches, self.adapters):
+            if adapter:
+                name = f"encoder.{adapter}.0"
+                self.state[f"{name}.positional_embedding"] = torch.randn(grid**2, W)
+                self.add(f"{name}.ln_pre", W)
+                self.add(f"{name}.ln_post", W)
+                self.add_blocks(f"{name}.transformer", W, 2)
+            self.add(f"encoder.norm_out{b}", top)
+            self.add(f"encoder.conv_out{b}", z, top, 3, 3)
+            self.add(f"quant_conv{b}", d, z, 1, 1)
+            self.add(f"quantize{b}.embedding", V, d, bias=False)
+            self.state[f"quantize{b}.codebook_used"] = torch.zeros(65536)
+        for head, width in self.heads.items():
+            self.state |= {f"{head}.class_embedding": torch.randn(1, width), f"{head}.positional_embedding": torch.randn(grid**2 + 1, width)}
+            for part, shape in {"upscale.0": (width, d), "upscale.2": (width, width), "ln_pre": (width,), "ln_post": (width,)}.items():
+                self.add(f"{head}.{part}", *shape)
+            self.add_blocks(f"{head}.transformer", width, 3)
+        self.add("post_quant_conv", z, k * d, 1, 1)
+        self.add("decoder.norm_out", widths[0])
+        self.add("decoder.conv_out", 3, widths[0], 3, 3)
+
+    def levels(self, side, x, blocks):
+        for level in range(self.L):
+            for i in range(blocks):
+                x = self.res(f"{side}.conv_blocks.{level}.res.{i}", x)
+                if f"{side}.conv_blocks.{level}.attn.{i}.q.weight" in self.state:
+                    x = self.attn(f"{side}.conv_blocks.{level}.attn.{i}", x)
+            if level < self.L - 1 and side == "encoder":
+                x = F.conv2d(F.pad(x, (0, 1, 0, 1)), *self.get(f"{side}.conv_blocks.{level}.downsample.conv"), stride=2)
+            elif level < self.L - 1:
+                x = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), *self.get(f"{side}.conv_blocks.{level}.upsample.conv"), padding=1)
+        return x
+
+    def mid(self, side, x):
+        return self.res(f"{side}.mid.2", self.attn(f"{side}.mid.1", self.res(f"{side}.mid.0", x)))
+
+    def encode(self, images):
+        x, ids = self.mid("encoder", self.levels("encoder", F.conv2d(images, *self.get("encoder.conv_in"), padding=1), 2)), []
+        for b, adapter in zip(self.branches, self.adapters):
+            h = x
+            if adapter:
+                name = f"encoder.{adapter}.0"
+                t = x.flatten(2).transpose(1, 2) + self.state[f"{name}.positional_embedding"]
+                t = self.transformer(f"{name}.transformer", F.layer_norm(t, t.shape[2:], *self.get(f"{name}.ln_pre")), 2)
+                h = F.layer_norm(t, t.shape[2:], *self.get(f"{name}.ln_post")).transpose(1, 2).reshape(x.shape)
+            h = F.conv2d(F.silu(self.norm(f"encoder.norm_out{b}", h)), *self.get(f"encoder.conv_out{b}"), padding=1)
+            h = F.normalize(F.conv2d(h, *self.get(f"quant_conv{b}")), dim=1)
+            codes = F.normalize(self.state[f"quantize{b}.embedding.weight"], dim=1)
+            ids.append((h[:, None] - codes[None, :, :, None, None]).square().sum(2).argmin(1))
+        return torch.stack(ids, 1)
+
+    def decode(self, ids):
+        codes = [F.normalize(self.state[f"quantize{b}.embedding.weight"], dim=1)[ids[:, i]].permute(0, 3, 1, 2) for i, b in enumerate(self.branches)]
+        x = F.conv2d(F.conv2d(torch.cat(codes, 1), *self.get("post_quant_conv")), *self.get("decoder.conv_in"), padding=1)
+        x = self.levels("decoder", self.mid("decoder", x), 3)
+        return F.conv2d(F.silu(self.norm("decoder.norm_out", x)), *self.get("decoder.conv_out"), padding=1)
+
+    def feature(self, head, quantized):
+        x = F.linear(F.relu(F.linear(quantized.flatten(2).transpose(1, 2), *self.get(f"{head}.upscale.0"))), *self.get(f"{head}.upscale.2"))
+        x = torch.cat([self.state[f"{head}.class_embedding"].expand(len(x), 1, -1), x], 1) + self.state[f"{head}.positional_embedding"]
+        x = self.transformer(f"{head}.transformer", F.layer_norm(x, x.shape[2:], *self.get(f"{head}.ln_pre")), 3)
+        return F.layer_norm(x, x.shape[2:], *self.get(f"{head}.ln_post"))[:, 0]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_published_tokenizers(k, tmp_path):
+    """Same ids, same pixels, same predicted features, from the file as its authors write it."""
+    made = PublishedTokenizer(k)
+    torch.save({"model": {n: torch.zeros_like(t) for n, t in made.state.items()}, "ema": made.state, "steps": 3, "optimizer": {"state": {}},
+                "args": argparse.Namespace(image_size=256, vq_model="VQ-16")}, tmp_path / "published.pt")
+    model = fqgan.load_tokenizer(tmp_path / "published.pt")
+    c = model.config
+    assert (c.k, c.codebook_size, c.codebook_dim, c.downsample, c.adapter_depth) == (k, 64, 8, 4, 2 if k > 1 else 0)
+    assert c.image_size == (16 if k > 1 else 256) and len(model.state_dict()) == sum(
+        not n.endswith("codebook_used") for n in made.state) - 4 * sum(".q." in n for n in made.state) // 2, "q, k, v are one layer here"
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    ids = made.encode(images)
+    assert torch.equal(model.encode(images), ids) and len(ids.unique()) > 5
+    assert torch.allclose(model.decode(ids), made.decode(ids), atol=1e-4)
+    for (head, width), branch in zip(made.heads.items(), model.branches[1:]):
+        z = torch.randn(2, 8, 4, 4)
+        assert torch.allclose(branch.head(z), made.feature(head, z), atol=1e-4) and branch.head(z).shape == (2, width)
+    torch.save({"model": made.state}, tmp_path / "plain.pt")
+    assert torch.equal(fqgan.load_tokenizer(tmp_path / "plain.pt").encode(images), ids)
+    broken = {n: t for n, t in made.state.items() if "decoder.mid.0" not in n}
+    torch.save({"model": broken}, tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="broken.pt: weights and config do not fit"):
+        fqgan.load_tokenizer(tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="not a gpt checkpoint but a tokenizer's"):
+        fqgan.load_gpt(tmp_path / "published.pt")
+
+
+class PublishedGPT(Published):
+    def __init__(self, k, D=128, V=40, classes=6, trunk=2, head=1):
+        super().__init__()
+        torch.manual_seed(k)
+        self.k, self.D, self.ends = k, D, [f"_{i + 1}" for i in range(k)] if k > 1 else [""]
+        self.state["cls_embedding.embedding_table.weight"] = torch.randn(classes + 1, D)
+        for end in self.ends:
+            self.add(f"tok_embeddings{end}", V, D, bias=False)
+            self.add(f"output{end}", V, D, bias=False)
+        if k > 1:
+            self.add("aggregation_layer", D, k * D)
+        self.blocks = [f"layers.{i}" for i in range(trunk)], [f"ar_head.{i}" for i in range(head if k > 1 else 0)]
+        for n in itertools.chain(*self.blocks):
+            for part, shape in {"attention.wqkv": (3 * D, D), "attention.wo": (D, D), "feed_forward.w1": (512, D), "feed_forward.w3": (512, D), "feed_forward.w2": (D, 512),
+                                "attention_norm": (D,), "ffn_norm": (D,)}.items():
+                self.add(f"{n}.{part}", *shape, bias=False)
+        self.add("norm", D, bias=False)
+
+    def rms(self, name, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.state[f"{name}.weight"]
+
+    def turn(self, x, grid):
+        """x (B,T,heads,e), complex numbers in place of pairs"""
+        e = x.shape[-1]
+        table = torch.zeros(grid**2 + 1, e // 2, dtype=torch.complex64)
+        for p, j in itertools.product(range(grid**2), range(e // 4)):
+            for half, at in ((0, p // grid), (e // 4, p % grid)):
+                table[1 + p, half + j] = complex(math.cos(at * 10000 ** (-2 * j / (e / 2))), math.sin(at * 10000 ** (-2 * j / (e / 2))))
+        z = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * table[:x.shape[1], None]
+        return torch.view_as_real(z).flatten(-2)
+
+    def block(self, n, x, grid):
+        B, T, D = x.shape
+        q, k, v = F.linear(self.rms(f"{n}.attention_norm", x), self.state[f"{n}.attention.wqkv.weight"]).chunk(3, -1)
+        q, k, v = self.turn(q.view(B, T, -1, 64), grid).transpose(1, 2), self.turn(k.view(B, T, -1, 64), grid).transpose(1, 2), v.view(B, T, -1, 64).transpose(1, 2)
+        scores = (q @ k.transpose(2, 3) / 8).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + F.linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, D), self.state[f"{n}.attention.wo.weight"])
+        h, w = self.rms(f"{n}.ffn_norm", x), {i: self.state[f"{n}.feed_forward.w{i}.weight"] for i in (1, 2, 3)}
+        return x + F.linear(F.silu(F.linear(h, w[1])) * F.linear(h, w[3]), w[2])
+
+    def logits(self, ids, labels, grid):
+        """ids (B,k,P) of the positions so far, the last one perhaps not known -> (B,k,P,V)"""
+        embedded = [self.state[f"tok_embeddings{end}.weight"][ids[:, i]] for i, end in enumerate(self.ends)]
+        x = torch.cat(embedded, -1)
+        x = F.linear(x, *self.get("aggregation_layer")) if self.k > 1 else x
+        x = torch.cat([self.state["cls_embedding.embedding_table.weight"][labels][:, None], x[:, :-1]], 1)
+        for n in self.blocks[0]:
+            x = self.block(n, x, grid)
+        x = torch.stack([x, *embedded[:-1]], 2)
+        flat = x.flatten(0, 1)
+        for n in self.blocks[1]:
+            flat = self.block(n, flat, grid)
+        x = self.rms("norm", flat).view(x.shape)
+        return torch.stack([F.linear(x[:, :, i], self.state[f"output{end}.weight"]) for i, end in enumerate(self.ends)], 1)
+
+    def greedy(self, labels, grid, scale):
+        """One code after the other, each by the whole model."""
+        ids = torch.zeros(len(labels), self.k, grid**2, dtype=torch.long)
+        for p, i in itertools.product(range(grid**2), range(self.k)):
+            given = ids[:, :, :p + 1]
+            cond, null = (self.logits(given, l, grid)[:, i, p] for l in (labels, torch.full_like(labels, 6)))
+            ids[:, i, p] = (null + scale * (cond - null)).argmax(-1)
+        return ids.view(len(labels), self.k, grid, grid)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_published_gpts(k, tmp_path):
+    """Same logits, same greedy samples, in every wrapper that the scripts write."""
+    made = PublishedGPT(k)
+    extra = {"layers.0.attention.kv_cache.k_cache": torch.zeros(2, 2)}
+    torch.save({"model": made.state | extra, "steps": 1, "args": argparse.Namespace(image_size=48, downsample_size=16, gpt_model="GPT-B")}, tmp_path / "0.pt")
+    torch.save({"ema": made.state, "model": {n: torch.zeros_like(t) for n, t in made.state.items()}}, tmp_path / "1.pt")
+    torch.save({n: t.bfloat16().float() for n, t in made.state.items()}, tmp_path / "2.pt")
+    torch.save({"module": made.state}, tmp_path / "3.pt")
+    models = [fqgan.load_gpt(tmp_path / f"{i}.pt", grid=None if i == 0 else 3) for i in range(4)]
+    ids, labels = torch.randint(0, 40, (2, k, 3, 3)), torch.tensor([1, 4])
+    expected = made.logits(ids.flatten(2), labels, 3)
+    for model in (models[0], models[1], models[3]):
+        assert model.config.grid == 3 and model.config.n_head == 2 and model.config.num_classes == 6 and model.config.head_layers == (k > 1)
+        assert torch.allclose(model(ids, labels)[0], expected, atol=1e-4)
+    assert torch.allclose(models[2](ids, labels)[0], expected, atol=1.0) and fqgan.load_gpt(tmp_path / "3.pt").config.grid == 16
+    assert torch.equal(models[0].generate(labels, cfg_scale=2.0, temperature=0), made.greedy(labels, 3, 2.0))
+    torch.save({"model": {"cls_embedding.cap_proj.fc1.weight": torch.zeros(2)}}, tmp_path / "t2i.pt")
+    with pytest.raises(UserError, match="text-conditional"):
+        fqgan.load_gpt(tmp_path / "t2i.pt")
+
+
+def test_sampling_and_training_from_published_files(tmp_path, capsys):
+    torch.save({"model": PublishedTokenizer(2).state}, tmp_path / "tokenizer.pt")
+    torch.save({"model": PublishedGPT(2, V=64).state, "args": argparse.Namespace(image_size=64, downsample_size=16)}, tmp_path / "gpt.pt")
+    flags = ["--gpt", tmp_path / "gpt.pt", "--tokenizer", tmp_path / "tokenizer.pt", "--device", "cpu"]
+    call(sample, *flags, "--out", tmp_path / "grid.png", "--n", 6)
+    assert Image.open(tmp_path / "grid.png").height == 4 + 6 * 100
+    with pytest.raises(UserError, match="holds no tokenizer: name it with --tokenizer"):
+        call(sample, "--gpt", tmp_path / "gpt.pt", "--device", "cpu")
+    call(train_tokenizer, "--init", tmp_path / "tokenizer.pt", "--out", tmp_path / "tuned", "--disc-weight", 0, "--perceptual-weight", 0, *TINY_RUN[len([*as_flags(SMALL)]):], "--steps", 1, "--lr", 0)
+    before, after = (fqgan.load_tokenizer(tmp_path / n) for n in ("tokenizer.pt", "tuned/tokenizer.pt"))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(before.encode(images), after.encode(images)), "it starts from the published weights"
+    with pytest.raises(UserError, match="--init .* does not fit"):
+        call(train_tokenizer, "--init", tmp_path / "tokenizer.pt", "--out", tmp_path / "other", *TINY_RUN, "--codebook-size", 16, "--disc-weight", 0, "--perceptual-weight", 0)
+
+
+# -----------------------------------------------------------------------------
+# Teachers
+
+
+def test_representation_loss_is_infonce():
+    torch.manual_seed(0)
+    predicted, features = torch.randn(2, 5, 7).unbind()
+    cosine = torch.stack([torch.stack([F.cosine_similarity(p, f, dim=0) for f in features]) for p in predicted])
+    expected = -torch.stack([cosine[i, i] - cosine[i].exp().sum().log() for i in range(5)]).mean()
+    assert torch.allclose(fqgan.representation_loss(predicted, features), expected)
+    shifted = fqgan.representation_loss(predicted[2:4], features, first=2)
+    assert torch.allclose(shifted, -torch.stack([cosine[i, i] - cosine[i].exp().sum().log() for i in (2, 3)]).mean())
+    assert fqgan.representation_loss(predicted[:1], features[:1]) == 0, "a batch of one has nothing to tell apart"
+
+
+def test_clip_teacher(tmp_path):
+    """A made-up CLIP archive and state dict, run by the format's description."""
+    torch.manual_seed(0)
+    made, W, P, grid = Published(), 128, 32, 7
+    made.add("visual.conv1", W, 3, P, P, bias=False)
+    made.add("visual.ln_pre", W)
+    made.add("visual.ln_post", W)
+    made.add_blocks("visual.transformer.resblocks", W, 2)
+    made.state |= {"visual.class_embedding": torch.randn(W), "visual.positional_embedding": torch.randn(grid**2 + 1, W), "visual.proj": torch.randn(W, 16),
+                   "transformer.resblocks.0.ln_1.weight": torch.ones(3), "positional_embedding": torch.zeros(2, 2), "logit_scale": torch.tensor(1.0)}
+    made.state = {n: t.half() if "ln_" not in n else t for n, t in made.state.items()}
+    torch.save(made.state, tmp_path / "clip.pt")
+    teacher = fqgan.load_teacher("clip_vitb16", tmp_path / "clip.pt")
+    made.state = {n: t.float() for n, t in made.state.items()}
+    images = torch.rand(2, 3, 50, 50) * 2 - 1
+    pick = [i * 50 // 224 for i in range(224)]
+    x = images[:, :, pick][..., pick] / 2 + 0.5
+    x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    x = F.conv2d(x, made.state["visual.conv1.weight"], stride=P).flatten(2).transpose(1, 2)
+    x = torch.cat([made.state["visual.class_embedding"].expand(2, 1, -1), x], 1) + made.state["visual.positional_embedding"]
+    x = F.layer_norm(x, (W,), *made.get("visual.ln_pre"))
+    x = made.transformer("visual.transformer.resblocks", x, 2, act=lambda h: h * torch.sigmoid(1.702 * h))
+    assert torch.allclose(teacher(images), x[:, 0], atol=1e-4)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
+
+    class Archive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, tensor in made.state.items():
+                at, (*path, last) = self, name.split(".")
+                for part in path:
+                    at.add_module(part, getattr(at, part, torch.nn.Module())) if not hasattr(at, part) else None
+                    at = getattr(at, part)
+                at.register_buffer(last, tensor)
+
+        def forward(self, x):
+            return x
+    torch.jit.save(torch.jit.script(Archive()), tmp_path / "archive.pt")
+    assert torch.equal(fqgan.load_teacher("clip_vitb16", tmp_path / "archive.pt")(images), teacher(images))
+    with pytest.raises(UserError, match="does not hold the teacher clip_vitl14"):
+        torch.save({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "broken.pt")
+        fqgan.load_teacher("clip_vitl14", tmp_path / "broken.pt")
+    with pytest.raises(UserError, match="no teacher vgg: there are clip_vitb16"):
+        fqgan.load_teacher("vgg")
+
+
+def test_dinov2_teacher(tmp_path):
+    torch.manual_seed(0)
+    W, state, names = 128, {}, dict(norm1=1, norm2=1, ls1=0, ls2=0)
+    made = Published()
+    made.add("patch_embed.proj", W, 3, 14, 14)
+    made.add("norm", W)
+    for i in range(2):
+        for part, shape in {"norm1": (W,), "norm2": (W,), "attn.qkv": (3 * W, W), "attn.proj": (W, W), "mlp.fc1": (4 * W, W), "mlp.fc2": (W, 4 * W)}.items():
+            made.add(f"blocks.{i}.{part}", *shape)
+        made.state |= {f"blocks.{i}.ls{j}.gamma": torch.rand(W) for j in (1, 2)}
+    made.state |= {"cls_token": torch.randn(1, 1, W), "pos_embed": torch.randn(1, 1370, W), "mask_token": torch.zeros(1, W)}
+    torch.save(made.state, tmp_path / "dinov2.pth")
+    teacher = fqgan.load_teacher("dinov2_vits14", tmp_path / "dinov2.pth")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    pick = [i * 32 // 224 for i in range(224)]
+    x = (images[:, :, pick][..., pick] / 2 + 0.5 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = F.conv2d(x, *made.get("patch_embed.proj"), stride=14).flatten(2).transpose(1, 2)
+    table = made.state["pos_embed"]
+    grid = F.interpolate(table[:, 1:].view(1, 37, 37, W).permute(0, 3, 1, 2), scale_factor=(16.1 / 37, 16.1 / 37), mode="bicubic").permute(0, 2, 3, 1).reshape(1, 256, W)
+    x = torch.cat([made.state["cls_token"].expand(2, -1, -1), x], 1) + torch.cat([table[:, :1], grid], 1)
+    for i in range(2):
+        q, k, v = (t.view(2, 257, 2, 64).transpose(1, 2) for t in F.linear(F.layer_norm(x, (W,), *made.get(f"blocks.{i}.norm1"), eps=1e-6), *made.get(f"blocks.{i}.attn.qkv")).chunk(3, -1))
+        y = ((q @ k.transpose(2, 3) / 8).softmax(-1) @ v).transpose(1, 2).reshape(2, 257, W)
+        x = x + made.state[f"blocks.{i}.ls1.gamma"] * F.linear(y, *made.get(f"blocks.{i}.attn.proj"))
+        y = F.linear(F.gelu(F.linear(F.layer_norm(x, (W,), *made.get(f"blocks.{i}.norm2"), eps=1e-6), *made.get(f"blocks.{i}.mlp.fc1"))), *made.get(f"blocks.{i}.mlp.fc2"))
+        x = x + made.state[f"blocks.{i}.ls2.gamma"] * y
+    assert torch.allclose(teacher(images), F.layer_norm(x, (W,), *made.get("norm"), eps=1e-6)[:, 0], atol=1e-4)
+
+
+class Own(torch.nn.Module):
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+def test_a_teacher_of_ones_own(tmp_path, capsys):
+    """TorchScript and torch.export; the loss is on, said, and only in the supervised sub-codebook; heads go where the teacher goes."""
+    torch.jit.save(torch.jit.script(Own()), tmp_path / "own.pt")
+    torch.export.save(torch.export.export(Own(), (torch.zeros(3, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("B")},)), tmp_path / "own.pt2")
+    images = torch.rand(5, 3, 16, 16)
+    for name in ("own.pt", "own.pt2"):
+        assert torch.allclose(fqgan.load_teacher(str(tmp_path / name))(images), Own()(images))
+    call(train_tokenizer, "--k", 3, "--out", tmp_path, *TINY_RUN, "--teachers", tmp_path / "own.pt")
+    assert "representation by" in capsys.readouterr().out
+    rows = [r for r in csv.DictReader(open(tmp_path / "log.csv")) if r["loss"]]
+    assert all(0 < float(r["representation"]) < 0.5 * math.log(8) + 0.5 for r in rows)
+    model = fqgan.load_tokenizer(tmp_path / "tokenizer.pt").train()
+    assert [b.head is not None for b in model.branches] == [False, False, True] and model.config.teacher_widths == (48,)
+    losses = model(images, [Own()(images)])[1]
+    losses["representation"].backward()
+    assert [any(p.grad is not None and p.grad.any() for p in b.parameters()) for b in model.branches] == [False, False, True]
+    for argv, message in [(["--teachers", "nothing"], "no teacher nothing"), (["--k", 1, "--teachers", f"{tmp_path}/own.pt,{tmp_path}/own.pt2"], "2 teachers are more than k=1")]:
+        with pytest.raises(UserError, match=message):
+            call(train_tokenizer, "--out", tmp_path / "other", *TINY_RUN, *argv)
+
+
+def test_global_negatives_on_two_ranks_are_one_process(tmp_path):
+    torch.jit.save(torch.jit.script(Own()), tmp_path / "own.pt")
+    flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0, "--teachers", tmp_path / "own.pt", "--global-negatives", "--steps", 2]
+    call(train_tokenizer, *flags[1:], "--out", tmp_path / "one")
+    two = shell(*flags, "--out", tmp_path / "two", ranks=2)
+    assert two.returncode == 0, two.stderr
+    a, b = (torch.load(tmp_path / n / "tokenizer.pt", weights_only=True)["model"] for n in ("one", "two"))
+    assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+
+
+def test_fetch(tmp_path, monkeypatch):
+    """Once, checked; a copy that was damaged is fetched again; nothing partial stays."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    body, fetched = b"weights", []
+
+    def download(url, path, *_):
+        fetched.append(url)
+        Path(path).write_bytes(body)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    path = fqgan.fetch("https://example.org/v1/x.pth", digest[:8])
+    assert fqgan.fetch("https://example.org/v1/x.pth", digest) == path and len(fetched) == 1 and path.read_bytes() == b"weights"
+    path.write_bytes(b"weig")
+    assert fqgan.fetch("https://example.org/v1/x.pth", hashlib.md5(b"weights").hexdigest()).read_bytes() == b"weights" and len(fetched) == 2
+    body = b"else"
+    path.unlink()
+    with pytest.raises(UserError, match=f"another checksum.*put it at {path}"):
+        fqgan.fetch("https://example.org/v1/x.pth", digest)
+    assert not list(path.parent.iterdir())
+    with pytest.raises(UserError, match="no file at nowhere.pth; what belongs there is https://example.org/v1/x.pth"):
+        fqgan.fetch("https://example.org/v1/x.pth", digest, local="nowhere.pth")
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +26,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from fqgan import FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_loss, load_checkpoint, load_data, to_uint8
+from fqgan import (LPIPS, TEACHERS, FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_loss, load_checkpoint, load_data,
+                   load_teacher, to_uint8)
 
 # The fqgan presets are the paper's recipe (sec. 4.1 and the official training script), which is the flags' defaults.
 PRESETS = {
     "tiny": dict(image_size=32, downsample=4, patch_size=2, channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
                  codebook_size=256, adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
-                 disc_weight=0.0, steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=800),
+                 disc_weight=0.0, perceptual_weight=0.0, teachers="none", steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=800),
     "fqgan-ds16": dict(downsample=16),
     "fqgan-ds8": dict(downsample=8),
 }
@@ -202,7 +203,10 @@ def parse(doc, presets, filename, kind, *groups):
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args())
     preset = presets[given.pop("preset")] if "preset" in given else {}
-    settings = {name: f.default for name, f in every.items()} | (preset or presets[first]) | given
+    settings = {name: f.default for name, f in every.items()} | (preset or presets[first])
+    if given.get("init"):  # shape and loss weights are the checkpoint's
+        settings |= {name: value for name, value in asdict(groups[0](**load_checkpoint(given["init"], kind)["config"])).items() if name in every}
+    settings |= given
 
     path, checkpoint = Path(settings["out"]) / filename, None
     if settings["resume"]:
@@ -229,7 +233,7 @@ def parse(doc, presets, filename, kind, *groups):
 
 def pick(group, settings):
     """The dataclass `group` filled from a dict that holds more."""
-    return group(**{f.name: settings[f.name] for f in fields(group)})
+    return group(**{f.name: settings[f.name] for f in fields(group) if f.name in settings})
 
 
 # -----------------------------------------------------------------------------
@@ -512,6 +516,52 @@ def duration(seconds):
 # Training the tokenizer
 
 
+@dataclass
+class StartConfig:
+    teachers: str = flag("paper", "frozen models that supervise the last sub-codebooks, with commas between: " + ", ".join(TEACHERS) + ", or files, see "
+                         "load_teacher; none; or paper: clip_vitl14 for k=2, dinov2_vits14,clip_vitb16 for k of 3 and more")
+    global_negatives: bool = flag(False, "the representation loss takes its negatives from all processes, not from a process's own batch")
+    init: str = flag("", "a checkpoint, ours or a published one: the run starts from its weights, shape and loss weights")
+
+
+PAPER_TEACHERS = {1: [], 2: ["clip_vitl14"]}  # and for any k above
+
+
+def features_of(images, teachers, run, every_rank):
+    """
+    What the teachers say of the images: (a list of (N,D), the number of the first that is this process's), N being the batch of this
+    process, or with every_rank of all.
+    """
+    with torch.no_grad(), run.autocast():
+        features = [teacher(images).float() for teacher in teachers]
+    if not every_rank or run.world == 1:
+        return features, 0
+    gathered = [[torch.empty_like(f) for _ in range(run.world)] for f in features]
+    for parts, mine in zip(gathered, features):
+        dist.all_gather(parts, mine)
+    return [torch.cat(parts) for parts in gathered], run.rank * len(images)
+
+
+def width_of(teacher, name, size, device):
+    try:
+        with torch.no_grad():
+            _, width = teacher(torch.zeros(2, 3, size, size, device=device)).shape
+        return width
+    except Exception as error:  # a model of the user's: anything
+        raise UserError(f"--teachers {name}: does not turn (2, 3, {size}, {size}) images into (2, D) features ({' '.join(str(error).split())[:160]})") from None
+
+
+def start_from(model, path):
+    """Loads a checkpoint's weights; feature heads may be lacking on either side."""
+    state = load_checkpoint(path, "tokenizer")
+    try:
+        missing, unexpected = model.load_state_dict(state.get("ema") or state["model"], strict=False)
+        if others := [n for n in missing + unexpected if ".head." not in n]:
+            raise RuntimeError(f"{len(others)} weights such as {others[0]}")
+    except RuntimeError as error:
+        raise UserError(f"--init {path}: does not fit the model that the flags describe ({' '.join(str(error).split())[:160]})") from None
+
+
 @torch.no_grad()
 def evaluate(model, data, run):
     """PSNR (dB, mean over images) and each sub-codebook's usage and perplexity on eval_images of `data`."""
@@ -546,14 +596,21 @@ def reconstruction_rows(model, images):
 
 
 def main():
-    settings, checkpoint = parse(__doc__, PRESETS, "tokenizer.pt", "tokenizer", FQGANConfig, TrainConfig)
+    settings, checkpoint = parse(__doc__, PRESETS, "tokenizer.pt", "tokenizer", FQGANConfig, TrainConfig, StartConfig)
+    names = settings["teachers"]
+    names = PAPER_TEACHERS.get(settings["k"], ["dinov2_vits14", "clip_vitb16"]) if names == "paper" else [n for n in names.split(",") if n and n != "none"]
     config = pick(FQGANConfig, settings)
     if config.disc_weight and config.image_size < 24:
         raise UserError(f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
     run = Run(settings, checkpoint, "tokenizer.pt", "tokenizer")
+    teachers = [load_teacher(name).to(run.device) for name in names]
+    config = replace(config, teacher_widths=tuple(width_of(t, name, config.image_size, run.device) for t, name in zip(teachers, names)))
+    lpips = LPIPS().to(run.device) if config.perceptual_weight else None
     train_data, held_out = (load_data(run.data, config.image_size, train) for train in (True, False))
 
     model = FQGAN(config).to(run.device)
+    if settings["init"] and not checkpoint:
+        start_from(model, settings["init"])
     ema = copy.deepcopy(model).eval().requires_grad_(False) if run.ema else None
     disc = Discriminator().to(run.device) if config.disc_weight else None
     optimizer, disc_optimizer = (torch.optim.Adam(m.parameters(), lr=run.lr, betas=(0.9, 0.95), fused=True) if m else None for m in (model, disc))
@@ -570,16 +627,19 @@ def main():
         "reconstruct": "", "codebook": "", "commit": "" if config.commit_weight else zero, "entropy": "" if config.entropy_weight else zero,
         "disentangle": "there is one sub-codebook" if config.k == 1 else "" if config.disentangle_weight else zero,
         f"adversarial from step {config.disc_start}": zero if not disc else "" if config.disc_start < run.steps_total else "the run ends before",
-        "perceptual": "not in this version", "representation": "not in this version"}
+        "perceptual": "" if lpips else zero, f"representation by {', '.join(names)}" if names else "representation": "" if names else "no --teachers"}
     run.say(f"losses on: {', '.join(n for n, why in terms.items() if not why)}; off: {', '.join(f'{n} ({why})' for n, why in terms.items() if why)}")
 
-    columns = ["loss", "reconstruct", "codebook", "commit", "entropy", "disentangle", "adversarial", "discriminator"]
+    columns = ["loss", "reconstruct", "perceptual", "codebook", "commit", "entropy", "disentangle", "representation", "adversarial", "discriminator"]
     columns += [f"{prefix}{name}_{i + 1}" for prefix in ("", "val_") for name in ("usage", "perplexity") for i in range(config.k)] + ["val_psnr"]
     for step in run.loop(train_data, [o for o in (optimizer, disc_optimizer) if o]):
         adversarial = disc is not None and step >= config.disc_start
         for images, _ in run.micro_batches():
+            features, first = features_of(images, teachers, run, settings["global_negatives"])
             with run.autocast():
-                reconstruction, losses = parallel_model(images)
+                reconstruction, losses = parallel_model(images, features, first)
+                if lpips:
+                    losses["perceptual"] = config.perceptual_weight * lpips(images, reconstruction).mean()
                 losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / run.steps_total)
                 if adversarial:
                     disc.requires_grad_(False)
