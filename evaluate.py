@@ -14,6 +14,7 @@ Sources:
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,10 +29,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
-from fqgan import LPIPS, Folder, UserError, fetch, load_data, load_tokenizer, read_weights, to_uint8, upright_rgb
+from fqgan import LPIPS, Folder, UserError, fetch, load_tokenizer, read_weights, to_uint8, upright_rgb
 from sample import add_knobs, generate, load_generator
-from train_tokenizer import Parser, cli, duration, fixed_draw, per_code, psnr, reconstruction_rows, save_grid, start, usage
+from train_tokenizer import Parser, cli, duration, fixed_draw, load_parts, per_code, psnr, reconstruction_rows, save_grid, start, usage
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -191,12 +193,21 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(item):
-    """What each rank gives, as a list, on every rank."""
+def agree(item):
+    """What each rank gives, something small, as a list on every rank."""
     every = [item] * world()
     if world() > 1:
         dist.all_gather_object(every, item)
     return every
+
+
+def gather(item):
+    """What each rank gives, as a list on rank 0; an empty one on the others."""
+    if world() == 1:
+        return [item]
+    every = [None] * world() if rank() == 0 else None
+    dist.gather_object(item, every)
+    return every or []
 
 
 def say(*words):
@@ -225,20 +236,29 @@ def progress(batches, what, total):
 # Sets of images: items are (image uint8 (3,H,W), label)
 
 
-class FolderImages(Folder):
+class FolderImages:
+    """Every image below a folder; all must have the size of the first."""
+
     def __init__(self, path):
-        super().__init__(path)
-        self.size = upright_rgb(super().__getitem__(0)[0]).size
+        self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in Folder.suffixes and p.is_file())
+        if not self.files:
+            raise UserError(f"{path} holds no image")
+        self.size = None
+        self.size = self[0][0].shape
+
+    def __len__(self):
+        return len(self.files)
 
     def __getitem__(self, index):
-        name = self.samples[index][0]
+        name = self.files[index]
         try:
-            image = upright_rgb(super().__getitem__(index)[0])
-        except (OSError, ValueError, SyntaxError) as error:
+            with Image.open(name) as file:
+                image = torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{str(name)!r} cannot be read ({error}): mend or remove it") from None
-        if image.size != self.size:
-            raise UserError(f"{str(name)!r} is {image.width}x{image.height}, the first of its set {self.size[0]}x{self.size[1]}: all must have one size")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), 0
+        if self.size and image.shape != self.size:
+            raise UserError(f"{str(name)!r} is {image.shape[2]}x{image.shape[1]}, the first of its set {self.size[2]}x{self.size[1]}: all must have one size")
+        return image, 0
 
 
 class ArrayImages:
@@ -287,17 +307,18 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(self, batch_sampler=shares(len(self), size), num_workers=workers)
 
     def digest(self):
-        digest = hashlib.sha256(f"{self.images[0][0].shape} {len(self)} {'' if self.files else self.name}".encode())
-        for path in self.files:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        """Of the names, sizes and times of the files, and the pixels of a few images."""
+        files = [(str(p.relative_to(self.place.parent) if p.is_relative_to(self.place.parent) else p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        digest = hashlib.sha256(f"{len(self)} {files or self.name}".encode(errors="surrogateescape"))
+        for i in range(min(8, len(self))):
+            digest.update(self.images[i][0].numpy().tobytes())
         return digest
 
 
 def part_of(data, indices):
     """The ImageSet of the images of one of load_data's sets that `indices` name."""
     files = [Path(data.source.samples[i][0]) for i in indices] if isinstance(data.source, Folder) else []
-    place = Path(os.path.commonpath([p.parent for p in files])) if files else Path(torch.hub.get_dir()) / "statistics" / "set"
+    place = Path(os.path.commonpath([p.parent for p in files])).resolve() if files else Path(torch.hub.get_dir()) / "statistics" / "set"
     return ImageSet(f"{len(indices)} images of {data.origin}", DataImages(data, indices), files, place)
 
 
@@ -306,7 +327,7 @@ def open_set(path):
     path = Path(path)
     if path.is_dir():
         images = FolderImages(path)
-        return ImageSet(str(path), images, [p for p, _ in images.samples], path.resolve())
+        return ImageSet(f"{path} ({len(images)} images)", images, images.files, path.resolve())
     if not path.is_file() or path.suffix != ".npz":
         raise UserError(f"{path}: " + ("no such file or folder" if not path.exists() else
                                        "give a folder of images, or an .npz of images (arr_0) or statistics (mu, sigma)"))
@@ -326,7 +347,11 @@ def open_set(path):
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from None
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, height, width, 3)")
-    return ImageSet(str(path), ArrayImages(array), [path], path.resolve(), statistics)
+    if statistics and (statistics[0].ndim != 1 or statistics[1].shape != statistics[0].shape * 2):
+        raise UserError(f"{path}: mu is {statistics[0].shape} and sigma {statistics[1].shape}; expected (D,) and (D, D)")
+    if not len(array) and not statistics:
+        raise UserError(f"{path} holds no images")
+    return ImageSet(f"{path} ({len(array)} images)" if len(array) else str(path), ArrayImages(array), [path], path.resolve(), statistics)
 
 
 def map_array(path, name):
@@ -370,19 +395,26 @@ class Features:
             self.kept.append((numbers[some], features[some], logits[some]))
 
     def finish(self):
-        """-> arrays of all ranks' images together: mu (2048), sigma (2048,2048), and in the set's order features and logits, if kept"""
-        n, total, outer = (sum(parts) for parts in zip(*gather((self.n, self.sum, self.outer))))
+        """
+        -> on rank 0, arrays of all ranks' images together: mu (2048), sigma (2048,2048), and in the set's order features and logits, if
+        kept; nothing on the others. Raises UserError for fewer than two images.
+        """
+        parts, kept = gather((self.n, self.sum, self.outer)), in_order(self.kept) if self.every else ()
+        if rank():
+            return {}
+        n, total, outer = (sum(part) for part in zip(*parts))
         if n < 2:
             raise UserError(f"{n} image has no covariance: 2 are needed, and thousands for a FID that means something")
-        result = {"mu": total / n, "sigma": (outer - torch.outer(total, total) / n) / (n - 1)}
-        if self.every:
-            result["features"], result["logits"] = in_order(self.kept)
+        result = {"mu": total / n, "sigma": (outer - torch.outer(total, total) / n) / (n - 1)} | dict(zip(("features", "logits"), kept))
         return {name: value.numpy() for name, value in result.items()}
 
 
 def in_order(parts):
-    """Batches of (numbers, x, y, ...) from all ranks -> x, y, ..., whole and in the order of the numbers."""
-    numbers, *columns = (torch.cat(c) for c in zip(*(part for parts in gather(parts) for part in parts)))
+    """Batches of (numbers, x, y, ...) from all ranks -> on rank 0 [x, y, ...], whole and in the order of the numbers; nothing on the others."""
+    parts = [part for each in gather(parts) for part in each]
+    if not parts:
+        return []
+    numbers, *columns = (torch.cat(column) for column in zip(*parts))
     return [column[numbers.argsort()] for column in columns]
 
 
@@ -395,61 +427,79 @@ def features_of(images, network, options, every=0):
 
 
 def reference(images, network, options, every=0):
-    """features_of a set of real images, kept in a file beside the set under a name made of its content, and taken from there the next time."""
-    if not len(images) or images.statistics and not every:
-        return dict(zip(("mu", "sigma"), images.statistics))
-    path, known = None, None
-    if rank() == 0:
-        digest = images.digest()
-        digest.update(network.last.detach().cpu().numpy().tobytes() + f"{every}".encode())
-        path = images.place.with_name(f"{images.place.name}.{digest.hexdigest()[:12]}.npz")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                known = dict(file)
-            say(f"features of {images.name}: from {path}")
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            say(f"{path} cannot be read ({error}): made again")
-    known = gather(known)[0]
-    if known is None:
-        known = features_of(images, network, options, every)
-        try:
-            if rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}")
-                np.savez(temporary, **known)
-                temporary.replace(path)
-        except OSError as error:
-            say(f"{path} cannot be written ({error.strerror}): the features of {images.name} are not kept for the next time")
+    """
+    features_of a set of real images, kept in a file beside the set, whose name is made of its content and the network's, and taken from
+    there the next time. Statistics that the set brings take the place of the images' own.
+    """
+    known, path = {}, None
+    if len(images) and (every or not images.statistics):
+        if rank() == 0:
+            digest = images.digest()
+            for tensor in network.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+            path = images.place.with_name(f"{images.place.name}.{digest.hexdigest()[:12]}-{every}.npz")
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    known = dict(file)
+                say(f"features of {images.name}: from {path}")
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+                say(f"{path} cannot be read ({error}): made again")
+        if not agree(bool(known))[0]:
+            known = features_of(images, network, options, every)
+            keep_for_next_time(path, known) if path else None
     return known | (dict(zip(("mu", "sigma"), images.statistics)) if images.statistics else {})
+
+
+def keep_for_next_time(path, known):
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **known)
+        temporary.replace(path)
+    except OSError as error:
+        say(f"{path} cannot be written ({error}): these features are not kept for the next time")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------
 # What is measured
 
 
-def attempt(make, missing, *names):
-    """make(); or None on all ranks, where weights cannot be had on one: then `missing` says why, for each of `names`."""
+def attempt(make, named, missing, *figures):
+    """
+    make(), or None on all ranks where its weights cannot be had on one: then `missing` says why, for each of `figures`. Weights that the
+    user has named must be there.
+    """
+    made, reason = None, None
     try:
-        made, reason = make(), None
+        made = make()
     except UserError as error:
-        made, reason = None, str(error)
-    reason = next((r for r in gather(reason) if r), None)
-    missing.update({name: reason for name in names} if reason else {})
+        if named:
+            raise
+        reason = str(error)
+    reason = next((r for r in agree(reason) if r), None)
+    missing.update({figure: reason for figure in figures} if reason else {})
     return None if reason else made
 
 
 def codes_of(images, tokenizer, options, what, use=lambda *_: ()):
     """
-    An ImageSet -> labels (n), ids (n,k,h,w), and whatever `use` makes of (numbers, images in [-1,1], reconstructions), a tuple of tensors.
+    An ImageSet -> [labels (n), ids (n,k,h,w), ...], and what `use` makes of (numbers, images uint8, ids), tensors of a number an image; on
+    rank 0, nothing on the others.
     """
     parts, kind = [], torch.int16 if tokenizer.config.codebook_size <= 2**15 else torch.int32
     for numbers, batch, labels in progress(images.batches(options.batch_size), what, len(images)):
-        batch = batch.to(options.device).float() / 127.5 - 1
-        ids = tokenizer.encode(batch)
-        parts.append((numbers, labels, ids.to(kind).cpu(), *use(numbers, batch, ids)))
+        batch = batch.to(options.device)
+        ids = tokenizer.encode(from_uint8(batch))
+        parts.append((numbers.clone(), labels.clone(), ids.to(kind).cpu(), *use(numbers, batch, ids)))  # a worker's tensors hold open files
     return in_order(parts)
+
+
+def from_uint8(images):
+    return images.float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -458,47 +508,61 @@ def reconstruction(options, missing):
     path = Path(options.tokenizer)
     tokenizer = load_tokenizer(path, options.device)
     c, rng = tokenizer.config, np.random.default_rng(0)
-    train, held_out = (load_data(data_name(options, tokenizer, path), c.image_size, part) for part in (True, False))
+    train, held_out = load_parts(data_name(options, tokenizer, path), c.image_size)
     images = part_of(held_out, fixed_draw(held_out)[:options.n])
     say(f"{path}: k={c.k} sub-codebooks of {c.codebook_size} codes; {images.name}")
-    network = attempt(lambda: Inception(options.inception).to(options.device), missing, "rfid")
-    lpips = attempt(lambda: LPIPS(options.vgg, options.lpips).to(options.device), missing, "lpips")
-    real = reference(images, network, options) if network else None
+    metrics, network = {"psnr": psnr, "ssim": ssim}, None
+    if c.image_size < 16:
+        missing |= {"lpips": "images are under 16 pixels"}
+    elif lpips := attempt(lambda: LPIPS(options.vgg, options.lpips).to(options.device), options.vgg or options.lpips, missing, "lpips"):
+        metrics["lpips"] = lpips
+    if c.image_size < 7:
+        missing |= {"ssim": "images are under 7 pixels"}
+        del metrics["ssim"]
+    if len(images) < 2:
+        missing |= {"rfid": "one image has no covariance"}
+    else:
+        network = attempt(lambda: Inception(options.inception).to(options.device), options.inception, missing, "rfid")
+    real = reference(images, network, options) if network else {}
     fakes = Features(network) if network else None
 
     def compare(numbers, batch, ids):
-        painted = tokenizer.decode(ids)
+        painted = to_uint8(tokenizer.decode(ids))
         if fakes:
-            fakes.add(numbers, to_uint8(painted))
-        metrics = [psnr, ssim] + ([lpips] if lpips else [])
-        return [metric(batch, painted).double().cpu() for metric in metrics]
+            fakes.add(numbers, painted)
+        return [metric(from_uint8(batch), from_uint8(painted)).cpu().double() for metric in metrics.values()]
 
-    labels, ids, *scores = codes_of(images, tokenizer, options, "reconstructing", compare)
-    figures = {name: float(score.mean()) for name, score in zip(("psnr", "ssim", "lpips"), scores)}
+    labels, ids, *scores = codes_of(images, tokenizer, options, "reconstructing", compare) or [None] * 2
+    fake = fakes.finish() if fakes else {}
+    reason = "the data has no classes" if len(held_out.classes) < 2 else "there is no training part apart" if train.origin == held_out.origin else \
+        "the training part has other classes" if train.classes != held_out.classes else None
+    probe = [] if reason else codes_of(part_of(train, fixed_draw(train)[:10_000]), tokenizer, options, "codes for the probe")
+    if rank():
+        return {}
+
+    figures = {name: float(score.mean()) for name, score in zip(metrics, scores)}
     if fakes:
-        fake = fakes.finish()
         figures["rfid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
     counts = torch.stack([torch.bincount(ids[:, i].flatten().long(), minlength=c.codebook_size) for i in range(c.k)])
     for name, values in zip(("usage", "perplexity"), usage(counts)):
         figures |= per_code(name, values)
-
-    names = [f"probe_{i + 1}" for i in range(c.k)]
-    if len(held_out.classes) < 2:
-        missing.update({n: "the data has no classes" for n in names})
-    else:
-        taught_labels, taught = codes_of(part_of(train, fixed_draw(train)[:10_000]), tokenizer, options, "codes for the probe")
-        for i, name in enumerate(names):
-            vectors = [tokenizer.branches[i].quantizer.lookup(x[:, i].long().to(options.device)).flatten(1).cpu() for x in (taught, ids)]
-            figures[name] = linear_probe(vectors[0], taught_labels, vectors[1], labels)
-    for i in range(c.k):
-        for j in range(i + 1, c.k):
-            a, b = (ids[:, n].flatten().numpy() for n in (i, j))
-            figures[f"mutual_information_{i + 1}_{j + 1}"] = mutual_information(a, b)
-            figures[f"mutual_information_{i + 1}_{j + 1}_by_chance"] = mutual_information(a, rng.permutation(b))
-    if rank() == 0:
-        picture = torch.stack([images[i][1] for i in range(min(10, len(images)))]).to(options.device).float() / 127.5 - 1
-        draw(options, path, reconstruction_rows(tokenizer, picture))
+    for i, name in enumerate(f"probe_{i + 1}" for i in range(c.k)):
+        if reason:
+            missing[name] = reason
+        else:
+            vectors = [torch.cat([tokenizer.branches[i].quantizer.lookup(part[:, i].long().to(options.device)).flatten(1).cpu() for part in x.split(1024)])
+                       for x in (probe[1], ids)]
+            figures[name] = linear_probe(vectors[0], probe[0], vectors[1], labels)
+    for i, j in itertools.combinations(range(c.k), 2):
+        a, b = (ids[:, n].flatten().numpy() for n in (i, j))
+        figures[f"mutual_information_{i + 1}_{j + 1}"] = mutual_information(a, b)
+        figures[f"mutual_information_{i + 1}_{j + 1}_by_chance"] = mutual_information(a, rng.permutation(b))
+    draw(options, path, reconstruction_rows(tokenizer, from_uint8(first_of(images)).to(options.device)))
     return figures
+
+
+def first_of(images):
+    return torch.stack([images[i][1] for i in range(min(10, len(images)))])
 
 
 @torch.no_grad()
@@ -507,60 +571,71 @@ def generation(options, missing):
     if options.gpt:
         path = Path(options.gpt)
         gpt, tokenizer, classes = load_generator(path, options.tokenizer, options.device)
-        data = None if options.real else load_data(data_name(options, gpt, path), tokenizer.config.image_size, True)
         labels = torch.arange(options.n or 5000) % len(classes)
-        name = f"{len(labels)} samples of {path}"
+        name, fakes = f"{len(labels)} samples of {path}", None
     else:
         path, fakes = Path("out/evaluate.png"), open_set(options.fake)
-        name = f"{fakes.name} ({len(fakes)} images)"
-    reals = open_set(options.real) if options.real else part_of(data, fixed_draw(data))
-    say(f"{name} against {reals.name}" + (f" ({len(reals)} images)" if options.real and len(reals) else ""))
-    network = attempt(lambda: Inception(options.inception).to(options.device), missing, "fid", "inception_score", "precision", "recall")
+        name = fakes.name
+    if options.real:
+        reals = open_set(options.real)
+    else:
+        data = load_parts(data_name(options, gpt, path), gpt.config.grid * tokenizer.config.downsample)[0]
+        reals = part_of(data, fixed_draw(data))
+    say(f"{name} against {reals.name}")
+    figures = {}
+    if fakes is not None and fakes.statistics and not len(fakes) and reals.statistics:  # nothing that a network would be needed for
+        missing |= {n: "these are statistics, no images" for n in ("inception_score", "inception_score_deviation", "precision", "recall")}
+        return {"fid": frechet_distance(*reals.statistics, *fakes.statistics)}
+    network = attempt(lambda: Inception(options.inception).to(options.device), options.inception, missing,
+                      "fid", "inception_score", "inception_score_deviation", "precision", "recall")
 
-    every = max(1, math.ceil(len(reals) / 10_000))  # for precision and recall, ADM's reference batch too is of 10,000
-    shown, figures = [], {}
-    if options.gpt:
-        labels = labels if network else labels[:10]
-        features = Features(network, every=1) if network else None
+    every = 1 if options.real else max(1, math.ceil(len(reals) / 10_000))
+    if every > 1:
+        say(f"precision, recall and neighbours: by every {every}th of the real images")
+    real = reference(reals, network, options, every) if network else {}
+    if fakes is not None:
+        shown = first_of(fakes) if len(fakes) else None
+        fake = features_of(fakes, network, options, every=1) if network and len(fakes) else {}
+        fake |= dict(zip(("mu", "sigma"), fakes.statistics)) if fakes.statistics else {}
+    else:
+        labels, features, shown = labels if network else labels[:10], Features(network, every=1), []
         for numbers, painted in progress(generate(gpt, tokenizer, labels, shares(len(labels), options.batch_size), options), "sampling", len(labels)):
             painted = to_uint8(painted)
-            shown.append((torch.as_tensor(numbers), painted.cpu())) if numbers[0] < 10 else None
-            if features:
-                features.add(numbers, painted)
-        shown = in_order(shown)[0][:10]
-        fake = features.finish() if features else {}
-    else:
-        shown = torch.stack([fakes[i][1] for i in range(min(10, len(fakes)))]) if len(fakes) else None
-        fake = (features_of(fakes, network, options, every=1) if len(fakes) else dict(zip(("mu", "sigma"), fakes.statistics))) if network else {}
-    real = reference(reals, network, options, every) if network else {}
+            shown += [(torch.tensor([n]), image[None].cpu()) for n, image in zip(numbers, painted) if n < 10]
+            features.add(numbers, painted) if network else None
+        fake, (shown,) = features.finish() if network else {}, in_order(shown) or [None]
+    if rank():
+        return {}
+    torch.set_num_threads(os.cpu_count() or 1)  # torchrun leaves each process one; the others have done their part
     if network:
         figures["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
-        lacking = [s for s, x in ((reals.name, real), (name, fake)) if "features" not in x]
+        lacking = next((n for n, x in ((reals.name, real), (name, fake)) if "features" not in x), None)
+        try:
+            if lacking:
+                raise UserError(f"{lacking} holds statistics, no images")
+            figures["precision"], figures["recall"] = precision_recall(real["features"], fake["features"])
+        except UserError as error:
+            missing |= {n: str(error) for n in ("precision", "recall")}
         if "logits" in fake:
             figures["inception_score"], figures["inception_score_deviation"] = inception_score(fake["logits"])
         else:
-            missing["inception_score"] = f"{name} holds statistics, no images"
-        if lacking:
-            missing.update({n: f"{lacking[0]} holds statistics, no images" for n in ("precision", "recall")})
-        else:
-            figures["precision"], figures["recall"] = precision_recall(real["features"], fake["features"])
-    if rank() == 0 and shown is not None and len(reals):
+            missing |= {n: f"{name} holds statistics, no images" for n in ("inception_score", "inception_score_deviation")}
+    if shown is not None and len(reals):
         neighbours(options, path, shown, reals, every, fake.get("features"), real.get("features"))
     return figures
 
 
 def neighbours(options, path, shown, reals, every, fake, real):
-    """A picture: samples, and below each the three real images nearest to it, in the network's features or, without it, in pixels."""
+    """A picture: samples, and below each the three real images nearest to it, in the network's features or, for want of them, in pixels."""
     if fake is None or real is None:
-        say("nearest neighbours: by pixels, for want of the network")
-        real = np.stack([reals[i][1].flatten().numpy() for i in range(0, len(reals), every)])
-        fake = shown.flatten(1).numpy()
-        if fake.shape[1] != real.shape[1]:
-            return say("no picture of nearest neighbours: samples and real images differ in size")
-    nearest = torch.cdist(torch.from_numpy(fake[:len(shown)]).double(), torch.from_numpy(real).double()).topk(min(3, len(real)), largest=False).indices
-    rows = [("sample", shown)] + [(name, torch.stack([reals[int(i) * every][1] for i in nearest[:, r]]))
-                                  for r, name in zip(range(nearest.shape[1]), ("nearest real", "second", "third"))]
-    draw(options, path, [(name, images.float() / 127.5 - 1) for name, images in rows])
+        say("nearest neighbours: by their pixels at 16x16, for want of the network's features")
+        fake = F.adaptive_avg_pool2d(shown.float(), 16).flatten(1)
+        real = torch.stack([F.adaptive_avg_pool2d(reals[i][1].float(), 16).flatten() for i in range(0, len(reals), every)])
+    distance = torch.cdist(torch.as_tensor(fake[:len(shown)]), torch.as_tensor(real))
+    nearest = distance.topk(min(3, len(real)), largest=False).indices
+    rows = [("sample", shown)] + [(name, torch.stack([F.interpolate(reals[int(i) * every][1][None].float(), shown.shape[2:])[0] for i in column]))
+                                  for name, column in zip(("nearest real", "second", "third"), nearest.T)]
+    draw(options, path, [(name, from_uint8(images)) for name, images in rows])
 
 
 def draw(options, path, rows):
@@ -568,9 +643,9 @@ def draw(options, path, rows):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(path, rows)
+        say(f"picture: {path}")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-    say(f"picture: {path}")
+        say(f"no picture: {path} cannot be written ({error})")
 
 
 def data_name(options, model, path):
@@ -616,8 +691,15 @@ def main():
         raise UserError("--real and --fake go together, or --real with --gpt")
     if options.n is not None and options.n < 1 or options.batch_size < 1:
         raise UserError("--n and --batch-size must be at least 1")
+    if options.fake and (options.n or options.data or options.tokenizer):
+        raise UserError("--n, --data and --tokenizer say nothing of --real and --fake, which are taken whole")
+    if options.out and Path(options.out).suffix.lower() not in Folder.suffixes:
+        raise UserError(f"--out {options.out}: name a picture, such as evaluate.png")
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
     began, missing = time.time(), {}
     options.device, _, _ = start(options.device, options.seed)
+    torch.backends.cudnn.allow_tf32 = False  # or the figures differ from one machine to another
     if options.gpt or options.fake:
         figures = generation(options, missing)
     else:

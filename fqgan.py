@@ -2,8 +2,8 @@
 FQGAN in one file: a factorized visual tokenizer and the autoregressive model that generates its tokens.
 
 A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints the image out
-of all k codes of a position; a GPT learns to generate the codes. Read in the order of the file: checkpoint files, data,
-transformer blocks, the tokenizer with its adversary, the GPT with its sampling.
+of all k codes of a position; a GPT learns to generate the codes. Read in the order of the file: data, transformer blocks,
+the tokenizer, the networks that only its training needs, the GPT with its sampling, files (ours and published ones).
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
@@ -14,16 +14,16 @@ Sources:
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import inspect
-import itertools
 import math
-import os
 import random
 import re
 import sys
 import warnings
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,87 +31,31 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
-# Checkpoint files
+# Errors
 
 
 class UserError(ValueError):
     """A mistake the user can mend: the scripts print its message as one line and exit with 1."""
 
 
-def load_checkpoint(path, kind):
-    """
-    The dict that train_tokenizer.save_checkpoint wrote; of a published file, its `config` and `model` under our names.
-    Raises UserError for a file that is missing, damaged or not of `kind`.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one, of plain values
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds: pickle, zip, EOF, runtime, key errors
-        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else "
-                        f"({type(error).__name__})") from None
-    found = contents.get("kind") if isinstance(contents, dict) else None
-    if isinstance(contents, dict) and not found:
-        found, contents = read_published(contents, path)
-    if found != kind:
-        raise UserError(f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
-    return contents
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 
-def build(model_class, config_class, state, path, device="cpu"):
-    """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
+@contextlib.contextmanager
+def explained(message, advice=""):
+    """Any error inside becomes a UserError of one line: the message, the error's kind and beginning, the advice."""
     try:
-        model = model_class(config_class(**state["config"]))
-        model.load_state_dict(state.get("ema") or state["model"])
+        yield
     except UserError:
         raise
-    except (RuntimeError, AttributeError, TypeError, KeyError) as error:  # load_state_dict's pages of complaints, cut short
-        raise UserError(f"{path}: weights and config do not fit this version ({' '.join(str(error).split())[:200]})") from None
-    model.trained_on = state.get("settings", {}).get("data")
-    return model.to(device).eval()
-
-
-def fetch(url, digest, local=None):
-    """
-    The path of a published file: `local` if given; else its copy in torch.hub's cache, downloaded if it is not there whole.
-    digest: the file's SHA-256 or the beginning of it, or its MD5. Raises UserError where the file cannot be had.
-    """
-    path = Path(local or Path(torch.hub.get_dir()) / "checkpoints" / "-".join(url.split("/")[-2:]))
-
-    def whole(path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest().startswith(digest)
-
-    if local and not path.is_file():
-        raise UserError(f"no file at {path}; what belongs there is {url}")
-    if not local and not (path.is_file() and whole(path)):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(temporary))
-            if not whole(temporary):
-                raise OSError("what came has another checksum")
-            temporary.replace(path)
-        except Exception as error:  # urllib, http, socket and ssl have many
-            raise UserError(f"{url} cannot be downloaded ({' '.join(str(error).split())[:100]}); put it at {path}, or name a local copy") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def read_weights(module, path, keys=None):
-    """Loads a state dict from a file into `module`; `keys` maps the file's names to the module's, or to None. UserError where they do not fit."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict({keys(n) if keys else n: t for n, t in state.items() if keys is None or keys(n)})
     except Exception as error:
-        raise UserError(f"{path} does not hold the weights of {type(module).__name__} ({' '.join(str(error).split())[:160]})") from None
-    return module
+        raise UserError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]}){advice}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -123,7 +67,7 @@ class Shapes:
     The built-in data set: ten flat figures of random size and place, seven colours on six soft backgrounds.
 
     Item `i` is always the same figure, of class i % 10, whatever the size it is rendered at; training and held-out
-    items are drawn from different seeds. Rendered on first use, then kept.
+    items are drawn from different seeds. Rendered on first use; small ones are kept.
     """
 
     classes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart", "moon", "arrow"]
@@ -190,23 +134,30 @@ def upright_rgb(image):
 def crop_square(image, size, rng=None, view=0, views=1):
     """
     A size x size crop of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while
-    it is more than twice as long, then bicubic, and the center taken.
+    it is twice as long or longer, then bicubic, and the center taken.
     With `rng`, a random 0.8 to 1.0 of the shorter side, at a random place, flipped half the time; where that would
     enlarge a small image, more of it, so that nothing is learned from blur.
-    Else number `view` of the fixed `views`: 1, the center; 2, and its mirror image; 10, at 1.1 times the size the center
-    and four corners, and their mirror images.
+    Else number `view` of the fixed `views`: 1, the center; 2, and its mirror image; 10, of the central square at 1.1 times
+    the size the center and four corners, and their mirror images.
 
     Sources: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233 (scaling, random crop); LlamaGen (ten crops).
     """
-    short = rng.randint(size, max(size, min(math.ceil(size / 0.8), *image.size))) if rng else round(1.1 * size) if views == 10 else size
+    short = int(1.1 * size) if views == 10 else size
+    if rng:
+        short = rng.randint(size, max(size, min(math.ceil(size / 0.8), *image.size)))
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    corner = [(0.5, 0.5), (0, 0), (1, 0), (0, 1), (1, 1)][view % 5 if views == 10 else 0]
-    left, top = (rng.randint(0, side - size) if rng else int((side - size) * at) for side, at in zip(image.size, corner))
+    if rng:
+        left, top = (rng.randint(0, side - size) for side in image.size)
+        mirrored = rng.random() < 0.5
+    else:
+        at = [(0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1)][view % 5 if views == 10 else 0]  # from the center
+        left, top = ((side - size + direction * (short - size)) // 2 for side, direction in zip(image.size, at))
+        mirrored = views > 1 and view >= views // 2
     image = image.crop((left, top, left + size, top + size))
-    return ImageOps.mirror(image) if (rng.random() < 0.5 if rng else 2 * view >= max(2, views)) else image
+    return ImageOps.mirror(image) if mirrored else image
 
 
 class ImageData(torch.utils.data.Dataset):
@@ -237,14 +188,14 @@ class ImageData(torch.utils.data.Dataset):
         """Item `index`, cropped as crop_square's options say."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        for i in itertools.chain(range(index, len(self)), range(index)):
+        for i in ((index + step) % len(self) for step in range(len(self))):
             if self.failed[i]:
                 continue
             try:
                 image, label = self.source[i]
                 image = crop_square(upright_rgb(image), self.image_size, **crop)
                 return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1), int(label)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what PIL raises
+            except Exception as error:  # PIL raises a dozen kinds
                 self.failed[i] = True
                 name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
                 print(f"skipped, unreadable: {str(name)!r} ({error})", file=sys.stderr)
@@ -257,17 +208,19 @@ class ImageData(torch.utils.data.Dataset):
 class Folder:
     """A folder as a source of PIL images: of class folders, or flat (one class). Files stay closed until asked for."""
 
-    suffixes = set(Image.registered_extensions())
+    suffixes = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def __init__(self, path):
-        if not path.is_dir():
-            raise UserError(f"{path} is a file; --data takes a folder of images, or of class folders")
-        folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = [(p, label) for label, folder in enumerate(folders or [path]) for p in sorted(folder.rglob("*") if folders else folder.iterdir())]
-        self.samples = [(p, label) for p, label in found if p.suffix.lower() in self.suffixes and p.is_file()]
-        self.classes = [p.name for p in folders or [path]]
-        if not self.samples:
-            raise UserError(f"{path} holds no image (looked for {', '.join(sorted(self.suffixes)[:6])}, ...)")
+        require(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
+        self.folders = self.class_folders(path)
+        found = [(p, label) for label, folder in enumerate(self.folders) for p in sorted(folder.rglob("*"))] if self.folders else [(p, 0) for p in sorted(path.iterdir())]
+        self.samples = [(p, label) for p, label in found if p.suffix.lower() in self.suffixes and not p.name.startswith(".") and p.is_file()]
+        self.classes = [p.name for p in self.folders or [path]]
+        require(self.samples, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
+
+    @staticmethod
+    def class_folders(path):
+        return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
     def __len__(self):
         return len(self.samples)
@@ -285,44 +238,48 @@ def load_data(name_or_path, image_size, train):
 
     `name_or_path`: "shapes"; a folder of class folders or of images; a name of torchvision.datasets in lower case,
     downloaded into torch.hub's cache. Of a folder with `train` and `val` inside, these are the two parts; of another,
-    every tenth file by name is held out; of one under 100 images, none: both parts are the whole.
-    `.origin` says in words what was taken. Raises UserError where there is nothing to load.
+    every tenth file by name is held out. Where there is nothing to hold out (under 100 images, a torchvision set without
+    parts) both are the whole. `.origin` says in words what was taken. Raises UserError where there is nothing to load.
     """
-    import torchvision
-
     if name_or_path == "shapes":
         return ImageData(Shapes(image_size, train), Shapes.classes, image_size, False, f"shapes, {'training' if train else 'held-out'} part")
     path = Path(name_or_path).expanduser()
     if path.exists():
-        part = path / ("train" if train else "val")
-        if (path / "train").is_dir() and (path / "val").is_dir():
-            source, origin = Folder(part), f"{part}"
+        parts = path / "train", path / "val"
+        if all(p.is_dir() for p in parts):
+            names = [[p.name for p in Folder.class_folders(part)] for part in parts]
+            require(names[0] == names[1], f"{parts[0]} and {parts[1]} hold other class folders ({len(names[0])} and {len(names[1])})")
+            source, origin = Folder(parts[not train]), f"{parts[not train]}"
         else:
             source, origin = Folder(path), f"{path}, all of it (too few to hold any out)"
             if len(source) >= 100:
-                kept = [s for i, s in enumerate(source.samples) if (i % 10 == 9) != train]
-                source.samples, origin = kept, f"{path}, {'all but every' if train else 'every'} tenth file"
+                source.samples = [s for i, s in enumerate(source.samples) if (i % 10 == 9) != train]
+                origin = f"{path}, {'all but every' if train else 'every'} tenth file"
         return ImageData(source, source.classes, image_size, train, origin)
 
-    names = {n.lower(): n for n in torchvision.datasets.__all__ if "root" in inspect.signature(getattr(torchvision.datasets, n)).parameters}
-    if str(name_or_path).lower() not in names:
-        raise UserError(f"--data {name_or_path}: no such folder, and torchvision has no data set of that name "
-                        "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
-    make = getattr(torchvision.datasets, names[str(name_or_path).lower()])
-    takes = inspect.signature(make).parameters
-    parts = [{"train": train}] if "train" in takes else [{"split": s} for s in (["train"] if train else ["val", "test", "valid"])] if "split" in takes else [{}]
+    make = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}.get(str(name_or_path).lower())
+    takes = inspect.signature(make).parameters if make else ()
+    require("root" in takes, f"--data {name_or_path}: no such folder, and torchvision has no data set of that name "
+                             "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
+    if "train" in takes:
+        parts = [{"train": train}]
+    elif "split" in takes:
+        parts = [{"split": name} for name in (("train", "trainval") if train else ("val", "test", "valid"))]
+    else:
+        parts = [{}]
     options = {"root": Path(torch.hub.get_dir()) / "datasets"} | ({"download": True} if "download" in takes else {})
     for part in parts:
-        try:
+        with (explained(f"--data {name_or_path}: torchvision could not get its part {part}", "; download it elsewhere and give its folder"),
+              contextlib.suppress(ValueError)):  # its parts have other names
             source = make(**options, **part)
             break
-        except Exception as error:  # a split of another name; no network, a changed address, a failed checksum
-            if not isinstance(error, ValueError) or part == parts[-1]:
-                raise UserError(f"--data {name_or_path}: torchvision could not get its part {part} ({' '.join(str(error).split())[:160]}); "
-                                "download it elsewhere and give its folder") from None
-    labels = getattr(source, "labels", getattr(source, "targets", [0]))
-    classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(labels)) + 1)]
-    return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train, f"torchvision's {make.__name__}, {part or 'whole'}")
+    else:
+        raise UserError(f"--data {name_or_path}: torchvision's {make.__name__} has none of the parts {parts}")
+    labels = getattr(source, "labels", getattr(source, "targets", []))
+    classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(labels, default=-1)) + 1)]
+    require(classes, f"--data {name_or_path}: torchvision's {make.__name__} does not list its classes; save its images as a folder")
+    return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train,
+                     f"torchvision's {make.__name__}, {part or 'the whole'}")
 
 
 def to_uint8(images):
@@ -334,32 +291,6 @@ def to_uint8(images):
 # Transformer blocks, for adapters and GPT alike
 
 
-def attention(q, k, v, causal=False):
-    """
-    Softmax attention of (B, heads, T, e) tensors, in the type of v. In training on CPUs always in float32: under bfloat16 the
-    backward pass of PyTorch's CPU kernel takes several times as long.
-    """
-    dtype = torch.float32 if v.device.type == "cpu" and torch.is_grad_enabled() else v.dtype
-    with torch.autocast(v.device.type, enabled=False):
-        return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=causal).to(v.dtype)
-
-
-class Cache:
-    """The keys and values of the positions so far, in one buffer of the length that will be needed."""
-
-    def __init__(self):
-        self.filled, self.buffer = 0, None
-
-    def append(self, k, v, length):
-        """k, v (B, heads, T, e) of new positions -> those of all positions so far"""
-        if self.buffer is None:
-            self.buffer = v.new_empty(2, *k.shape[:2], length, k.shape[3])
-        end = self.filled + k.shape[2]
-        self.buffer[0, :, :, self.filled:end], self.buffer[1, :, :, self.filled:end] = k, v
-        self.filled = end
-        return self.buffer[0, :, :, :end], self.buffer[1, :, :, :end]
-
-
 class Attention(nn.Module):
     """Multi-head self-attention: (B, T, C) -> (B, T, C); causal, rotary and cached where the GPT asks for it."""
 
@@ -368,15 +299,23 @@ class Attention(nn.Module):
         self.heads, self.causal = heads, causal
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
 
-    def forward(self, x, rotary=None, cache=None, length=None):
+    def forward(self, x, rotary=None, cache=None, at=0):
+        """
+        rotary: see rotate. cache (2, B, heads, length, C/heads): keys and values of the `at` positions before x, which
+        adds its own.
+        """
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, e) each
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            k, v = cache.append(k, v, length)
-        y = attention(q, k, v, causal=self.causal and T > 1)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+            cache[0, :, :, at:at + T], cache[1, :, :, at:at + T] = k, v
+            k, v = cache[:, :, :, :at + T]
+        # in training on CPUs float32: under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
+        dtype = torch.float32 if x.device.type == "cpu" and torch.is_grad_enabled() else v.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=self.causal and T > 1)
+        return self.proj(y.to(v.dtype).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -401,20 +340,27 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer over tokens (B, T, width) with learned positions; `class_token` puts one more in front of them."""
+    """
+    A vision transformer over a map (B,C,h,w), whose vectors `stem` makes into tokens; its learned positions fix the grid.
+    -> a map (B,width,h,w); or, with `class_token`, one token more in front, that one's output (B,width).
+    """
 
-    def __init__(self, width, depth, heads, length, class_token=False, activation=F.gelu, eps=1e-5):
+    def __init__(self, width, depth, heads, positions, stem, class_token=False, activation=F.gelu, eps=1e-5):
         super().__init__()
         norm = functools.partial(nn.LayerNorm, eps=eps)
+        self.stem = stem
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(1, width)) if class_token else None
-        self.positions = nn.Parameter(width**-0.5 * torch.randn(length + class_token, width))
+        self.positions = nn.Parameter(width**-0.5 * torch.randn(positions + class_token, width))
         self.norm_pre, self.norm_post = norm(width), norm(width)
         self.blocks = nn.Sequential(*(Block(width, Attention(width, heads), MLP(width, activation), norm) for _ in range(depth)))
 
     def forward(self, x):
+        h, w = x.shape[2:]
+        x = self.stem(x.flatten(2).transpose(1, 2))  # (B, h*w, width), row by row
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        return self.norm_post(self.blocks(self.norm_pre(x + self.positions)))
+        x = self.norm_post(self.blocks(self.norm_pre(x + self.positions)))
+        return x[:, 0] if self.class_embedding is not None else x.transpose(1, 2).unflatten(2, (h, w)).contiguous()
 
 
 # -----------------------------------------------------------------------------
@@ -456,28 +402,25 @@ class FQGANConfig:
     teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks; follows from the teachers
 
     def __post_init__(self):
-        def require(condition, message):
-            if not condition:
-                raise UserError(message)
-
-        for name in ("k", "codebook_size", "codebook_dim", "image_size", "patch_size", "channels", "res_blocks", "z_channels"):
+        for name in ("k", "codebook_size", "codebook_dim", "image_size", "patch_size", "channels", "res_blocks", "z_channels",
+                     "norm_groups", "adapter_width", "adapter_heads"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        levels = math.log2(self.downsample / self.patch_size) + 1 if self.downsample > 0 else 0
-        require(levels == int(levels) >= 1 and self.downsample > 1,
+        require(self.adapter_depth >= 0, f"adapter_depth is {self.adapter_depth}; it must be at least 0")
+        require(self.downsample > 1 and self.downsample.bit_count() == 1 and self.downsample % self.patch_size == 0,
                 f"downsample {self.downsample} must be a power of two, and a multiple of patch_size {self.patch_size}")
         require(self.image_size % self.downsample == 0,
                 f"image_size {self.image_size} is not divisible by downsample {self.downsample}: "
                 f"{max(1, self.image_size // self.downsample) * self.downsample} is")
+        levels = (self.downsample // self.patch_size).bit_length()
         if not self.channel_mult:  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x; 1,1,1,2,2,4 at 32x
-            self.channel_mult = ((1,) + ((1,) * int(levels) + (2, 2, 4))[-int(levels) + 1:])[:int(levels)]
+            self.channel_mult = (1, *((1,) * levels + (2, 2, 4))[4:])
         self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
         require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
         require(len(self.channel_mult) == levels,
-                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} has {int(levels)}")
-        widths = [self.channels] + [self.channels * m for m in self.channel_mult]
-        require(self.norm_groups > 0 and all(w > 0 and w % self.norm_groups == 0 for w in widths),
+                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} has {levels}")
+        require(all(m > 0 and self.channels * m % self.norm_groups == 0 for m in (1, *self.channel_mult)),
                 f"channels {self.channels} x {self.channel_mult} must be multiples of norm_groups {self.norm_groups}")
-        require(self.adapter_depth == 0 or self.adapter_heads > 0 and self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
+        require(self.adapter_depth == 0 or self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
                 f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} and of adapter_heads {self.adapter_heads}")
         for name in ("entropy_temperature", "entropy_final"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
@@ -520,22 +463,12 @@ class AttnBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape).contiguous()  # else all that follows is channels_last, slow on CPUs
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # one zero at the right and at the bottom only, as VQGAN
+def downsample(c):
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))  # at right and bottom only, as VQGAN
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def upsample(c):
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -557,67 +490,35 @@ def middle(c, config):
     return nn.Sequential(ResBlock(c, c, config), AttnBlock(c, config), ResBlock(c, c, config))
 
 
-class Encoder(nn.Module):
+def encoder(config):
     """(B, 3, H, W) -> (B, C, h, w), the features that all adapters share."""
-
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.channels * m for m in config.channel_mult]
-        last = len(widths) - 1
-        self.patch = nn.PixelUnshuffle(config.patch_size)
-        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
-        self.levels = nn.Sequential(*(
-            Level(c_in, c_out, config.res_blocks, i == last, nn.Identity if i == last else Downsample, config)
-            for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths))))
-        self.mid = middle(widths[-1], config)
-
-    def forward(self, images):
-        return self.mid(self.levels(self.conv_in(self.patch(images))))
+    widths = [config.channels * m for m in config.channel_mult]
+    last = len(widths) - 1
+    return nn.Sequential(OrderedDict(
+        patch=nn.PixelUnshuffle(config.patch_size),
+        conv_in=nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1),
+        levels=nn.Sequential(*(Level(c_in, c_out, config.res_blocks, i == last, nn.Identity if i == last else downsample, config)
+                               for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths)))),
+        mid=middle(widths[-1], config)))
 
 
-class Decoder(nn.Module):
+def decoder(config):
     """(B, z_channels, h, w) -> (B, 3, H, W)"""
-
-    def __init__(self, config):
-        super().__init__()
-        widths = [config.channels * m for m in reversed(config.channel_mult)]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.mid = middle(widths[0], config)
-        self.levels = nn.Sequential(*(
-            Level(c_in, c_out, config.res_blocks + 1, i == 0, nn.Identity if i == last else Upsample, config)
-            for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths))))
-        self.norm_out = group_norm(widths[-1], config)
-        self.conv_out = nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1)
-        self.patch = nn.PixelShuffle(config.patch_size)
-
-    def forward(self, z):
-        x = self.levels(self.mid(self.conv_in(z)))
-        return self.patch(self.conv_out(F.silu(self.norm_out(x))))
+    widths = [config.channels * m for m in reversed(config.channel_mult)]
+    last = len(widths) - 1
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(config.z_channels, widths[0], 3, padding=1),
+        mid=middle(widths[0], config),
+        levels=nn.Sequential(*(Level(c_in, c_out, config.res_blocks + 1, i == 0, nn.Identity if i == last else upsample, config)
+                               for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths)))),
+        norm_out=group_norm(widths[-1], config),
+        swish=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1),
+        patch=nn.PixelShuffle(config.patch_size)))
 
 
 # -----------------------------------------------------------------------------
-# Tokenizer: adapters
-
-
-class Adapter(ViT):
-    """
-    Turns the shared features towards one sub-codebook: (B, C, h, w) -> (B, width, h, w), sec. 3.2.
-    No skip around it; the learned positions fix the grid.
-    """
-
-    def __init__(self, c_in, config):
-        super().__init__(config.adapter_width, config.adapter_depth, config.adapter_heads, config.grid**2)
-        self.proj_in = nn.Linear(c_in, config.adapter_width) if c_in != config.adapter_width else nn.Identity()
-
-    def forward(self, x):
-        B, _, h, w = x.shape
-        x = super().forward(self.proj_in(x.flatten(2).transpose(1, 2)))  # (B, h*w, width), row by row
-        return x.transpose(1, 2).reshape(B, -1, h, w).contiguous()
-
-
-# -----------------------------------------------------------------------------
-# Tokenizer: quantizers
+# Tokenizer: quantizers and their losses
 
 
 class Quantizer(nn.Module):
@@ -645,7 +546,7 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             flat = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
             codes = F.normalize(self.codebook.float(), dim=-1)
-            ids = torch.cat([(chunk @ codes.T).argmax(1) for chunk in flat.split(4096)])
+            ids = torch.cat([(rows @ codes.T).argmax(1) for rows in flat.split(at_once(codes))])
         return ids.view(z.shape[0], *z.shape[2:])
 
     def forward(self, z):
@@ -671,24 +572,55 @@ class Quantizer(nn.Module):
             return z + (z_q - z).detach(), ids, losses  # straight-through: the value of z_q, the gradient of z
 
 
+def at_once(codes):
+    """How many vectors are compared with all codes (V,d) at a time: the (rows, V) matrix fits a CPU's cache, or takes 256 MB of a GPU."""
+    return max(1, (2**20 if codes.device.type == "cpu" else 2**26) // len(codes))
+
+
+class Entropy(torch.autograd.Function):
+    """entropy_loss, with its own backward pass: the (n, V) assignments exist a few rows at a time and are computed again for it."""
+
+    @staticmethod
+    def parts(z, codes, temperature):
+        """Yields, some rows of z at a time, (the rows (r,d), logits (r,V), p = softmax(logits), logsumexp(logits) (r,1))."""
+        scaled = codes.T * (2 / temperature)  # |z - code|^2 = 2 - 2 cosine
+        for rows in z.split(at_once(codes)):
+            logits = rows @ scaled
+            p, (top, at) = logits.softmax(1), logits.max(1, keepdim=True)
+            yield rows, logits, p, top - p.gather(1, at).log()  # logsumexp without a second exp
+
+    @staticmethod
+    def forward(ctx, z, codes, temperature):
+        entropy, total = 0, 0
+        for _, logits, p, log_sum in Entropy.parts(z, codes, temperature):
+            entropy = entropy + (log_sum.squeeze(1) - torch.linalg.vecdot(p, logits)).sum()
+            total = total + p.sum(0)
+        mean = total / len(z)
+        ctx.save_for_backward(z, codes, mean)
+        ctx.temperature = temperature
+        return entropy / len(z) + (mean * (mean + 1e-5).log()).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        z, codes, mean = ctx.saved_tensors
+        of_mean = (mean + 1e-5).log() + mean / (mean + 1e-5)
+        gradient_z, gradient_codes = [], torch.zeros_like(codes)
+        for rows, logits, p, log_sum in Entropy.parts(z, codes, ctx.temperature):
+            slope = logits.neg_().add_(of_mean).add_(log_sum)  # of_mean - log p, the derivative by p but for a constant
+            slope = slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
+            gradient_z.append(slope @ codes)
+            gradient_codes += slope.T @ rows
+        scale = gradient * 2 / (ctx.temperature * len(z))
+        return torch.cat(gradient_z) * scale, gradient_codes * scale, None
+
+
 def entropy_loss(z, codes, temperature):
     """
     Mean entropy of the soft assignments p = softmax(-|z - code|^2 / temperature), minus the entropy of their mean.
     z (n, d) and codes (V, d) of unit length -> scalar. MAGVIT-v2 eq. 4; 1e-5 keeps the outer log finite.
-
-    The (n, V) assignments exist one chunk at a time and are computed again in the backward pass, so that memory does
-    not grow with n.
+    Memory does not grow with n.
     """
-    def chunk(z, codes):
-        logits = (2 / temperature) * (z @ codes.T)  # |z - code|^2 = 2 - 2 cosine
-        p = logits.softmax(1)
-        return -(p * logits.log_softmax(1)).sum(), p.sum(0)
-
-    rows = max(1, 2**22 // len(codes))  # 16 MB a matrix
-    entropy, total = zip(*(checkpoint(chunk, part, codes, use_reentrant=False) if len(z) > rows else chunk(part, codes)
-                           for part in z.split(rows)))
-    mean_p = sum(total) / len(z)
-    return sum(entropy) / len(z) + (mean_p * (mean_p + 1e-5).log()).sum()
+    return Entropy.apply(z, codes, temperature)
 
 
 def disentangle_loss(quantized):
@@ -701,21 +633,6 @@ def disentangle_loss(quantized):
     return sum(pairs) / len(pairs) if pairs else unit[0].new_zeros(())
 
 
-# -----------------------------------------------------------------------------
-# Tokenizer: representation learning
-
-
-class FeatureHead(ViT):
-    """Predicts a teacher's features from the codes of one sub-codebook: (B,d,h,w) -> (B,width), sec. 3.2."""
-
-    def __init__(self, width, config):
-        super().__init__(width, 3, math.gcd(8, width), config.grid**2, class_token=True)
-        self.mlp = nn.Sequential(nn.Linear(config.codebook_dim, width), nn.ReLU(), nn.Linear(width, width))
-
-    def forward(self, quantized):
-        return super().forward(self.mlp(quantized.flatten(2).transpose(1, 2)))[:, 0]
-
-
 def representation_loss(predicted, features, first=0):
     """
     InfoNCE on cosines, without temperature: each prediction (B,D) is to find its own among the features (N,D), which
@@ -725,95 +642,30 @@ def representation_loss(predicted, features, first=0):
     return F.cross_entropy(cosine, torch.arange(first, first + len(predicted), device=cosine.device))
 
 
-class Teacher(ViT):
-    """
-    CLIP's or DINOv2's vision transformer, frozen: images (B,3,H,W) in [-1,1] -> its class token (B,width); CLIP's before the
-    final norm, DINOv2's after it. Images are resized to its resolution by nearest neighbours, as in the official code.
-    """
-
-    def __init__(self, width, depth, patch, grid, clip):
-        super().__init__(width, depth, width // 64, grid**2, True, (lambda x: x * torch.sigmoid(1.702 * x)) if clip else F.gelu, 1e-5 if clip else 1e-6)
-        setattr(self, "norm_post" if clip else "norm_pre", nn.Identity())
-        self.size, self.patch = grid * patch, nn.Conv2d(3, width, patch, patch, bias=not clip)
-        mean_std = [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]] if clip else [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
-        self.register_buffer("mean_std", torch.tensor(mean_std).view(2, 3, 1, 1), persistent=False)
-
-    def forward(self, images):
-        mean, std = self.mean_std
-        x = (F.interpolate(images, self.size, mode="nearest") / 2 + 0.5 - mean) / std
-        return super().forward(self.patch(x).flatten(2).transpose(1, 2))[:, 0].float()
-
-
-CLIP, DINO = "https://openaipublic.azureedge.net/clip/models", "https://dl.fbaipublicfiles.com/dinov2"
-TEACHERS = {name: (f"{place}/{file}", digest) for name, place, digest, file in (  # SHA-256
-    ("clip_vitb16", f"{CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "5806e77cd80f8b59", "ViT-B-16.pt"),
-    ("clip_vitl14", f"{CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "b8cca3fd41ae0c99", "ViT-L-14.pt"),
-    ("dinov2_vits14", f"{DINO}/dinov2_vits14", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9", "dinov2_vits14_pretrain.pth"),
-    ("dinov2_vitb14", f"{DINO}/dinov2_vitb14", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73", "dinov2_vitb14_pretrain.pth"))}
-
-
-def load_teacher(name, weights=None):
-    """
-    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, from a local file `weights` or else fetched once; or
-    any model of one's own, a TorchScript file or a torch.export one (.pt2). Raises UserError where it cannot be had.
-    """
-    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
-    if not path.is_file():
-        raise UserError(f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, but OpenAI's files are made of it
-            if name not in TEACHERS:
-                teacher = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu").eval()
-            else:
-                try:
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-                except RuntimeError:
-                    state = torch.jit.load(path, map_location="cpu").state_dict()
-                clip = "visual.conv1.weight" in state
-                state = clip_weights(state) if clip else dinov2_weights(state)
-                width, _, patch, _ = state["patch.weight"].shape
-                teacher = Teacher(width, count(state, r"blocks\.(\d+)"), patch, math.isqrt(len(state["positions"])), clip).eval()
-                teacher.load_state_dict(state)
-        for p in teacher.parameters():
-            p.requires_grad_(False)
-        return teacher
-    except Exception as error:  # unpickling, archives, keys and shapes: each has its own kinds
-        raise UserError(f"{path} does not hold the teacher {name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
-
-
-def clip_weights(state):
-    state = {n.removeprefix("visual."): t.float() for n, t in state.items() if n.startswith("visual.") and n != "visual.proj" and "ln_post" not in n}
-    state["class_embedding"] = state["class_embedding"][None]
-    return rename(state, {"^conv1": "patch"} | BLOCK_NAMES)
-
-
-def dinov2_weights(state):
-    state = rename({n: t for n, t in state.items() if n != "mask_token"}, {r"patch_embed\.proj": "patch", r"^norm\.": "norm_post."})
-    for name, layer in [(n, n.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")) for n in state if n.endswith("gamma")]:
-        scale = state.pop(name)  # of a branch's output: put into the weights of its last layer
-        state |= {f"{layer}.weight": scale[:, None] * state[f"{layer}.weight"], f"{layer}.bias": scale * state[f"{layer}.bias"]}
-    first, *table = state.pop("pos_embed")[0].split([1, 37**2])
-    table = table[0].T.unflatten(1, (37, 37))[None]  # to 16x16, by a scale that is 0.1 off, as DINOv2's own code does it
-    table = F.interpolate(table, scale_factor=(16 + 0.1) / 37, mode="bicubic")[0].flatten(1).T
-    return state | {"positions": torch.cat([first, table]), "class_embedding": state.pop("cls_token")[0]}
-
-
 # -----------------------------------------------------------------------------
 # Tokenizer: the whole
 
 
 class Branch(nn.Module):
-    """From the shared features (B,C,h,w) to one sub-codebook's vectors (B,d,h,w); with its quantizer and, if a teacher supervises it, its head."""
+    """
+    One sub-codebook: from the shared features (B,C,h,w) to its vectors (B,d,h,w), with its quantizer and, where a teacher supervises it,
+    the head that predicts the teacher's features (B,D) from its codes. Sec. 3.2.
+    """
 
     def __init__(self, c_in, config, teacher_width):
         super().__init__()
         width = config.adapter_width if config.adapter_depth else c_in
-        self.adapter = Adapter(c_in, config) if config.adapter_depth else nn.Identity()
+        self.adapter, self.head = nn.Identity(), None
+        if config.adapter_depth:  # no skip around it
+            stem = nn.Linear(c_in, width) if c_in != width else nn.Identity()
+            self.adapter = ViT(width, config.adapter_depth, config.adapter_heads, config.grid**2, stem)
         self.norm_out, self.conv_out = group_norm(width, config), nn.Conv2d(width, config.z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
                                    config.entropy_weight, config.entropy_temperature)
-        self.head = FeatureHead(teacher_width, config) if teacher_width else None
+        if teacher_width:
+            stem = nn.Sequential(nn.Linear(config.codebook_dim, teacher_width), nn.ReLU(), nn.Linear(teacher_width, teacher_width))
+            self.head = ViT(teacher_width, 3, math.gcd(8, teacher_width), config.grid**2, stem, class_token=True)
 
     def forward(self, features):
         return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.adapter(features)))))
@@ -829,12 +681,12 @@ class FQGAN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = encoder(config)
         c = config.channels * config.channel_mult[-1]
         widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
         self.branches = nn.ModuleList(Branch(c, config, width) for width in widths)
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = decoder(config)
         self.apply(self.initialize)
 
     @staticmethod
@@ -850,10 +702,9 @@ class FQGAN(nn.Module):
     def vectors(self, images):
         """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
         size, c = tuple(images.shape[-2:]), self.config
-        if c.adapter_depth and size != (c.image_size,) * 2:
-            raise UserError(f"images are {size[0]}x{size[1]}, the adapters' positions are for {c.image_size}x{c.image_size}")
-        if any(s % c.downsample for s in size):
-            raise UserError(f"images are {size[0]}x{size[1]}, not divisible by the downsample {c.downsample}")
+        require(not c.adapter_depth or size == (c.image_size,) * 2,
+                f"images are {size[0]}x{size[1]}, the adapters' positions are for {c.image_size}x{c.image_size}")
+        require(all(s % c.downsample == 0 for s in size), f"images are {size[0]}x{size[1]}, not divisible by the downsample {c.downsample}")
         features = self.encoder(images)
         return [branch(features) for branch in self.branches]
 
@@ -879,15 +730,15 @@ class FQGAN(nn.Module):
         ids (B,k,h,w) -> images (B,3,h*downsample,w*downsample), about [-1,1], not clamped.
         `only`: indices of the sub-codebooks whose codes are used, the others being left out (set to zero).
         """
-        if ids.ndim != 4 or ids.shape[1] != self.config.k:
-            raise UserError(f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
+        require(ids.ndim == 4 and ids.shape[1] == self.config.k, f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
         codes = [b.quantizer.lookup(ids[:, i]) for i, b in enumerate(self.branches)]
         return self.paint([c if only is None or i in only else torch.zeros_like(c) for i, c in enumerate(codes)])
 
     def forward(self, images, features=(), first=0):
         """
         images (B,3,H,W) -> (reconstruction (B,3,H,W), losses): scalars with their weights in them, to be summed.
-        features: what each teacher says of the images, (N,D) of which the B from `first` on are theirs, see representation_loss.
+        features: (N,D) of each teacher; the rows from `first` on are those of these images, the rest are other processes' and serve as
+        negatives only.
         The perceptual and adversarial terms need other networks and are added by the training script.
         """
         quantized, _, losses = zip(*(b.quantizer(z) for b, z in zip(self.branches, self.vectors(images))))
@@ -902,13 +753,8 @@ class FQGAN(nn.Module):
         return reconstruction, losses
 
 
-def load_tokenizer(path, device="cpu"):
-    """A trained FQGAN in eval mode. Raises UserError for a file that is missing, damaged or something else."""
-    return build(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
-
-
 # -----------------------------------------------------------------------------
-# Tokenizer: perceptual distance and adversary
+# Networks that only the tokenizer's training needs
 
 
 class LPIPS(nn.Module):
@@ -920,33 +766,27 @@ class LPIPS(nn.Module):
     Source: Zhang et al., https://arxiv.org/abs/1801.03924, eq. 1.
     """
 
-    taps = (3, 8, 15, 22, 29)  # layers of VGG-16 after whose ReLU features are taken
-    sources = {"vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
-               "lin": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "d507d7349b931f0638a25a48a722f98a")}
+    taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layers of VGG-16 after whose ReLU features are taken, and their channels
+    vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "d507d7349b931f0638a25a48a722f98a")
 
     def __init__(self, vgg=None, lin=None):
         super().__init__()
-        import torchvision
-
-        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:self.taps[-1] + 1]
-        self.lin = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in (64, 128, 256, 512, 512))
-        read_weights(self.features, fetch(*self.sources["vgg"], local=vgg), lambda n: n.removeprefix("features.") if n.startswith("features.") else None)
-        read_weights(self.lin, fetch(*self.sources["lin"], local=lin), lambda n: n.removeprefix("lin").replace("model.1.", ""))
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.normalize = torchvision.transforms.Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
+        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
+        self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.taps.values())
+        read_weights(self.features, fetch(*self.vgg_file, local=vgg), r"features\.(.+)")
+        read_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
         self.eval().requires_grad_(False)
 
     def forward(self, images, others):
-        x, distance = (torch.cat([images, others]) - self.shift) / self.scale, 0
+        x, distance, weights = self.normalize(torch.cat([images, others])), 0, iter(self.lin)
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
-                unit = F.normalize(x.float(), dim=1, eps=1e-10)
-                a, b = unit.chunk(2)
-                distance = distance + self.lin[self.taps.index(i)]((a - b).square()).mean((1, 2, 3))
+                a, b = F.normalize(x.float(), dim=1, eps=1e-10).chunk(2)
+                distance = distance + ((a - b).square() * next(weights).weight).sum(1).mean((1, 2))
         return distance
-
-
 
 
 class Discriminator(nn.Module):
@@ -978,8 +818,63 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
+class Teacher(ViT):
+    """
+    CLIP's or DINOv2's vision transformer, frozen: images (B,3,H,W) in [-1,1] -> its class token (B,width); CLIP's before the
+    final norm, DINOv2's after it. Images are resized to its resolution by nearest neighbours, as in the official code.
+    """
+
+    def __init__(self, width, depth, patch, grid, clip):
+        activation, eps = ((lambda x: x * torch.sigmoid(1.702 * x)), 1e-5) if clip else (F.gelu, 1e-6)
+        super().__init__(width, depth, width // 64, grid**2, nn.Identity(), True, activation, eps)
+        self.size, self.patch = grid * patch, nn.Conv2d(3, width, patch, patch, bias=not clip)
+        if clip:
+            self.norm_post = nn.Identity()
+            self.normalize = torchvision.transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        else:
+            self.norm_pre = nn.Identity()
+            self.normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def forward(self, images):
+        images = F.interpolate(images, self.size, mode="nearest") / 2 + 0.5
+        return super().forward(self.patch(self.normalize(images))).float()
+
+
+CLIP, DINOV2 = "https://openaipublic.azureedge.net/clip/models", "https://dl.fbaipublicfiles.com/dinov2"
+TEACHERS = {  # name: (address, SHA-256 or its beginning)
+    "clip_vitb16": (f"{CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt", "5806e77cd80f8b59"),
+    "clip_vitl14": (f"{CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt", "b8cca3fd41ae0c99"),
+    "dinov2_vits14": (f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
+    "dinov2_vitb14": (f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42")}
+
+
+def load_teacher(name, weights=None):
+    """
+    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, from a local file `weights` or else fetched once; or
+    any model of one's own, a TorchScript file or a torch.export one (.pt2). Raises UserError where it cannot be had.
+    """
+    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
+    require(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
+    with explained(f"{path} does not hold the teacher {name}"), warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+        if name not in TEACHERS:
+            teacher = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu").eval()
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except RuntimeError:  # OpenAI's files are TorchScript archives
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+            clip = name.startswith("clip")
+            state = clip_weights(state) if clip else dinov2_weights(state)
+            width, _, patch, _ = state["patch.weight"].shape
+            teacher = Teacher(width, count(state, r"blocks\.(\d+)"), patch, math.isqrt(len(state["positions"])), clip).eval()
+            teacher.load_state_dict(state)
+    for p in teacher.parameters():
+        p.requires_grad_(False)
+    return teacher
+
+
 # -----------------------------------------------------------------------------
-# GPT: config
+# GPT
 
 
 @dataclass
@@ -999,25 +894,18 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_embd % (4 * self.n_head):
-            raise UserError(f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
-        if self.k > 1 and self.head_layers < 1:
-            raise UserError(f"head_layers is {self.head_layers}; with k={self.k} the head must have at least 1 block")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        require(self.n_embd % (4 * self.n_head) == 0, f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
+        require(self.head_layers >= (self.k > 1), f"head_layers is {self.head_layers}; with k={self.k} the head must have at least {int(self.k > 1)} block")
+        require(self.k <= 1 + self.grid**2, f"k={self.k} codes are more than the {1 + self.grid**2} rotary positions of a {self.grid}x{self.grid} grid")
         for name in ("dropout", "label_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-
-
-# -----------------------------------------------------------------------------
-# GPT: the model
+            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
 def rotary_table(grid, head_dim):
     """
-    (2, 1 + grid^2, head_dim): cos and sin for each position of the class token and then the grid, row by row. The first half
-    of the interleaved pairs turns by the row, the other by the column. The class token's are zeros, as in the official
+    (2, 1 + grid^2, head_dim): cos, and sin as (-sin, sin) for each pair, of the class token and then the grid, row by row. The first
+    half of the interleaved pairs turns by the row, the other by the column. The class token's are zeros, as in the official
     code: it turns query and key into zero vectors, so that every position attends to the class with a score of 0.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
@@ -1030,7 +918,7 @@ def rotary_table(grid, head_dim):
 def rotate(x, table):
     """Turns the pairs (a, b) of x (B, heads, T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
     cos, sin = table
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
 
 
 class SwiGLU(nn.Module):
@@ -1044,10 +932,6 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def rms_norm(width):
-    return nn.RMSNorm(width, eps=1e-5)
-
-
 class GPT(nn.Module):
     """
     FAR, sec. 3.3: a LLaMA-style trunk over positions, then for each position a small causal transformer, the head,
@@ -1057,9 +941,10 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.n_embd
+        norm = functools.partial(nn.RMSNorm, eps=1e-5)
 
         def blocks(n):
-            return nn.ModuleList(Block(D, Attention(D, config.n_head, bias=False, causal=True), SwiGLU(D), rms_norm, config.dropout)
+            return nn.ModuleList(Block(D, Attention(D, config.n_head, bias=False, causal=True), SwiGLU(D), norm, config.dropout)
                                  for _ in range(n))
 
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)  # the last row is the null class
@@ -1067,7 +952,7 @@ class GPT(nn.Module):
         self.aggregate = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.trunk, self.head = blocks(config.n_layer), blocks(config.head_layers)
-        self.norm = rms_norm(D)
+        self.norm = norm(D)
         self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
         self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
         self.initialize()
@@ -1113,34 +998,35 @@ class GPT(nn.Module):
         which every sample runs twice; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
         generator: a torch.Generator on the model's device. Raises UserError for a label or a knob out of range.
         """
-        c = self.config
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= c.num_classes:
-            raise UserError(f"labels run from {int(labels.min())} to {int(labels.max())}, expected 0 to {c.num_classes - 1}, or {c.num_classes} for none")
+        c, B = self.config, len(labels)
+        low, high = (int(labels.min()), int(labels.max())) if B else (0, 0)
+        require(0 <= low <= high <= c.num_classes, f"labels run from {low} to {high}, expected 0 to {c.num_classes - 1}, or {c.num_classes} for none")
         knobs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         for name, value in knobs.items():
             knobs[name] = list(value) if isinstance(value, (list, tuple)) else [value] * c.k
-            if len(knobs[name]) != c.k:
-                raise UserError(f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
-            if min(knobs[name]) < 0 or (name == "top_p" and not 0 < min(knobs[name]) <= max(knobs[name]) <= 1):
-                raise UserError(f"{name} is {value}; it must be " + ("in (0, 1]" if name == "top_p" else "at least 0"))
+            require(len(knobs[name]) == c.k, f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
+            require(min(knobs[name]) >= 0, f"{name} is {value}; it must be at least 0")
+        require(0 < min(knobs["top_p"]) <= max(knobs["top_p"]) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
         was_training = self.training
         self.eval()
         guided = max(knobs["cfg_scale"]) > 1
         rows = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
+        ids = labels.new_empty(B, c.k, c.grid**2)
         labels = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels
-        ids = labels.new_empty(len(labels) // (1 + guided), c.k, c.grid**2)
-        trunk_caches, head_caches = [Cache() for _ in self.trunk], [Cache() for _ in self.head]
-        rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(labels.device)  # float32, whatever the weights are
         x = self.class_embedding(labels)[:, None]  # (B, 1, D), and so is every x below
+        rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(x.device)  # float32, whatever the weights are
+
+        def with_caches(blocks, length):
+            return [(block, x.new_empty(2, len(x), c.n_head, length, c.n_embd // c.n_head)) for block in blocks]
+
+        trunk, head = with_caches(self.trunk, c.grid**2), with_caches(self.head, c.k)
         for p in range(c.grid**2):
-            for block, cache in zip(self.trunk, trunk_caches):
-                x = block(x, rotary=rotary[:, p:p + 1], cache=cache, length=c.grid**2)
+            for block, cache in trunk:
+                x = block(x, rotary=rotary[:, p:p + 1], cache=cache, at=p)
             embedded = []
-            for cache in head_caches:
-                cache.filled = 0
             for i in range(c.k):
-                for block, cache in zip(self.head, head_caches):
-                    x = block(x, rotary=rotary[:, i:i + 1], cache=cache, length=c.k)
+                for block, cache in head:
+                    x = block(x, rotary=rotary[:, i:i + 1], cache=cache, at=i)
                 logits = self.outputs[i](self.norm(x))[:, 0].float()
                 if guided:
                     logits, null = logits.chunk(2)
@@ -1169,32 +1055,104 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+# -----------------------------------------------------------------------------
+# Files: our checkpoints, published weights
+
+
+def load_tokenizer(path, device="cpu"):
+    """
+    A trained FQGAN in eval mode; ours, or a published one of FQGAN's or LlamaGen's. Raises UserError for a file that is missing, damaged or
+    something else.
+    """
+    return build(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
+
+
 def load_gpt(path, device="cpu", grid=None):
     """
-    A trained GPT in eval mode, ours or published (FAR's, LlamaGen's class-conditional ones). grid: positions a side, for files that do not
-    say theirs (16 is assumed). Raises UserError for a file that is missing, damaged or something else.
+    A trained GPT in eval mode; ours, or a published one (FAR's, LlamaGen's class-conditional ones). grid: positions a side, for files that do
+    not say theirs (16 is assumed). Raises UserError for a file that is missing, damaged or something else.
     """
     state = load_checkpoint(path, "gpt")
-    if grid and "kind" not in state:
-        state["config"]["grid"] = grid
+    state["config"].setdefault("grid", grid or 16)
     return build(GPT, GPTConfig, state, path, device)
 
 
-# -----------------------------------------------------------------------------
-# Published checkpoints: the names of FQGAN, FAR, LlamaGen and CLIP, and ours. Pattern: replacement, applied one after the other.
+def load_checkpoint(path, kind):
+    """
+    The dict that train_tokenizer.save_checkpoint wrote; of a published file, its `config` and `model` under our names.
+    Raises UserError for a file that is missing, damaged or not of `kind`.
+    """
+    require(Path(path).is_file(), f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one, of plain values
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's own text is pages long, and advises to load without weights_only
+        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else ({type(error).__name__})") from None
+    contents = contents if isinstance(contents, dict) else {}
+    if "kind" not in contents:
+        contents = read_published(contents, path)
+    found = contents.get("kind")
+    require(found == kind, f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
+    return contents
+
+
+def build(model_class, config_class, state, path, device="cpu"):
+    """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
+    with explained(f"{path}: weights and config do not fit this version"):
+        model = model_class(config_class(**state["config"]))
+        model.load_state_dict(state.get("ema") or state["model"])
+        model.trained_on = state.get("settings", {}).get("data")
+    return model.to(device).eval()
+
+
+def fetch(url, digest, local=None):
+    """
+    The path of a published file: `local` if given; else its copy in torch.hub's cache, downloaded if it is not there whole.
+    digest: the file's SHA-256 or the beginning of it, or its MD5. Raises UserError where the file cannot be had.
+    """
+    if local:
+        require(Path(local).is_file(), f"no file at {local}; what belongs there is {url}")
+        return Path(local)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "-".join(url.split("/")[-2:])
+
+    def whole():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest().startswith(digest)
+
+    if not (path.is_file() and whole()):
+        with explained(f"{url} cannot be downloaded", f"; put it at {path}, or name a local copy"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))  # under another name until it is complete
+            if not whole():
+                path.unlink()
+                raise OSError("what came has another checksum")
+    return path
+
+
+def read_weights(module, path, names="(.+)"):
+    """Loads a state dict from a file into `module`: the tensors whose whole name fits the pattern `names`, called by its groups."""
+    with explained(f"{path} does not hold the weights of {type(module).__name__}"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict({".".join(m.groups()): tensor for name, tensor in state.items() if (m := re.fullmatch(names, name))})
+
+
+# Names in the files of FQGAN, FAR, LlamaGen and CLIP, and ours. Pattern: replacement, applied one after the other.
 
 BLOCK_NAMES = {r"ln_(\d)": r"norm\1", r"attn\.in_proj_": "attn.qkv.", r"attn\.out_proj": "attn.proj", r"mlp\.c_fc": "mlp.fc1", r"mlp\.c_proj": "mlp.fc2",
                "ln_p": "norm_p", "positional_embedding": "positions", r"transformer\.(resblocks\.)?": "blocks."}
-CONV_NAMES = {r"conv_blocks\.": "levels.", "nin_shortcut": "shortcut", r"(down|up)sample\.": "resample.", r"proj_out\.": "attn.proj."}
-BRANCHES = {  # by k, for each sub-codebook: the ending of its names, its adapter, its feature head
-    1: [("", "none", "none")],
-    2: [("_vis", "visual_head", "none"), ("_sem", "semantic_head", "feat_pred_head")],
-    3: [("_vis", "visual_head", "none"), ("_sem_mid", "semantic_head_mid", "mid_sem_feat_pred"), ("_sem_high", "semantic_head_high", "high_sem_feat_pred")]}
+TOKENIZER_NAMES = {r"conv_blocks\.": "levels.", "nin_shortcut": "shortcut", r"(down|up)sample\.": "resample.", r"proj_out\.": "attn.proj."}
+for i, (ending, adapter, head) in enumerate((  # of each sub-codebook, whatever k: how its names end, its adapter, its feature head
+        ("(?:_vis)?", "visual_head", "none"),
+        ("_sem(?:_mid)?", "semantic_head(?:_mid)?", "(?:feat_pred_head|mid_sem_feat_pred)"),
+        ("_sem_high", "semantic_head_high", "high_sem_feat_pred"))):
+    TOKENIZER_NAMES |= {
+        rf"^encoder\.{adapter}\.0\.": f"branches.{i}.adapter.", rf"^{head}\.upscale\.": f"branches.{i}.head.stem.", rf"^{head}\.": f"branches.{i}.head.",
+        rf"^encoder\.(norm|conv)_out{ending}\.": rf"branches.{i}.\1_out.", rf"^quant_conv{ending}\.": f"branches.{i}.quant_conv.",
+        rf"^quantize{ending}\.embedding\.weight": f"branches.{i}.quantizer.codebook"}
 GPT_NAMES = {
-    r"^cls_embedding\.embedding_table": "class_embedding", r"^tok_embeddings\.": "tok_embeddings_1.", r"^output\.": "output_1.", "^aggregation_layer": "aggregate",
-    r"^layers\.": "trunk.", r"^ar_head\.": "head.", r"attention\.wqkv": "attn.qkv", r"attention\.wo": "attn.proj", r"feed_forward\.": "mlp.",
-    "attention_norm": "norm1", "ffn_norm": "norm2",
-    **{f"^{theirs}_{i + 1}\\.": f"{ours}.{i}." for i in range(9) for theirs, ours in (("tok_embeddings", "token_embeddings"), ("output", "outputs"))}}
+    r"^tok_embeddings(?:_(\d))?\.": lambda m: f"token_embeddings.{int(m[1] or 1) - 1}.", r"^output(?:_(\d))?\.": lambda m: f"outputs.{int(m[1] or 1) - 1}.",
+    r"^cls_embedding\.embedding_table": "class_embedding", "^aggregation_layer": "aggregate", r"^layers\.": "trunk.", r"^ar_head\.": "head.",
+    r"attention\.wqkv": "attn.qkv", r"attention\.wo": "attn.proj", r"feed_forward\.": "mlp.", "attention_norm": "norm1", "ffn_norm": "norm2"}
 
 
 def rename(state, names):
@@ -1207,43 +1165,34 @@ def rename(state, names):
 
 
 def count(state, pattern):
-    """One more than the highest number that a name of the state dict has where the pattern says, 0 for none."""
+    """One more than the highest number that a name of the state dict has where the pattern says; 0 for none."""
     return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state) if m), default=-1)
 
 
 def read_published(contents, path):
     """
-    (kind, {"config", "model"}) of a file as FQGAN's or LlamaGen's authors publish it, told by its keys; (None, {}) of any other.
+    {"kind", "config", "model"} of a file as FQGAN's or LlamaGen's authors publish it, told by its keys; {} of any other.
     The moving average of the weights is taken where there is one. Raises UserError for a file that is nearly one.
     """
     state = next((contents[n] for n in ("ema", "model", "module", "state_dict") if isinstance(contents.get(n), dict) and contents[n]), contents)
     state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", n)}
-    if "cls_embedding.cap_proj.fc1.weight" in state:
-        raise UserError(f"{path} is a text-conditional GPT; only class-conditional ones are supported")
-    try:
+    require("cls_embedding.cap_proj.fc1.weight" not in state, f"{path} is a text-conditional GPT; only class-conditional ones are supported")
+    with explained(f"{path} looks like a published checkpoint, but cannot be used"):
         if "encoder.conv_in.weight" in state and "post_quant_conv.weight" in state:
-            return "tokenizer", published_tokenizer(state)
+            return published_tokenizer(state)
         if "cls_embedding.embedding_table.weight" in state:
-            return "gpt", published_gpt(state, contents.get("args"))
-    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} looks like a published checkpoint, but cannot be used: {type(error).__name__} {error}") from None
-    return None, {}
+            return published_gpt(state, contents.get("args"))
+    return {}
 
 
 def published_tokenizer(state):
-    k = sum(n.startswith("quantize") for n in state)
-    names = dict(CONV_NAMES)
-    for i, (ending, adapter, head) in enumerate(BRANCHES[k]):
-        names |= {rf"^encoder\.{adapter}\.0\.": f"branches.{i}.adapter.", rf"^{head}\.upscale\.": f"branches.{i}.head.mlp.", rf"^{head}\.": f"branches.{i}.head.",
-                  rf"^encoder\.(norm|conv)_out{ending}\.": rf"branches.{i}.\1_out.", rf"^quant_conv{ending}\.": f"branches.{i}.quant_conv.",
-                  rf"^quantize{ending}\.embedding\.weight": f"branches.{i}.quantizer.codebook"}
-    state = rename(state, names | BLOCK_NAMES)
+    state = rename(state, TOKENIZER_NAMES | BLOCK_NAMES)
     for name in [n for n in state if re.search(r"\.q\.(weight|bias)$", n)]:  # three 1x1 convolutions are one linear layer
         place, kind = name.split(".q.")
         state[f"{place}.attn.qkv.{kind}"] = torch.cat([state.pop(f"{place}.{part}.{kind}") for part in "qkv"])
     state = {n: t.flatten(1) if t.ndim == 4 and ".attn." in n else t for n, t in state.items()}
 
-    levels, channels = count(state, r"encoder\.levels\.(\d+)"), len(state["encoder.conv_in.weight"])
+    k, levels, channels = count(state, r"branches\.(\d+)"), count(state, r"encoder\.levels\.(\d+)"), len(state["encoder.conv_in.weight"])
     config = dict(
         k=k, downsample=2 ** (levels - 1), channels=channels, z_channels=len(state["post_quant_conv.weight"]), res_blocks=count(state, r"encoder\.levels\.0\.res\.(\d+)"),
         channel_mult=tuple(len(state[f"encoder.levels.{i}.res.0.conv1.weight"]) // channels for i in range(levels)),
@@ -1253,13 +1202,32 @@ def published_tokenizer(state):
     if config["adapter_depth"]:
         positions, config["adapter_width"] = state["branches.0.adapter.positions"].shape
         config["image_size"] = math.isqrt(positions) * config["downsample"]
-    return {"config": config, "model": state}
+    return {"kind": "tokenizer", "config": config, "model": state}
 
 
 def published_gpt(state, args):
     state = rename(state, GPT_NAMES)
     classes, width = state["class_embedding.weight"].shape
-    return {"model": state, "config": dict(
-        k=count(state, r"token_embeddings\.(\d+)"), vocab_size=len(state["outputs.0.weight"]), num_classes=classes - 1, n_embd=width,
-        n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"), n_head=32 if width == 3200 else width // 64,
-        grid=int(args.image_size) // int(args.downsample_size) if hasattr(args, "downsample_size") else 16)}
+    config = dict(k=count(state, r"token_embeddings\.(\d+)"), vocab_size=len(state["outputs.0.weight"]), num_classes=classes - 1, n_embd=width,
+                  n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"), n_head=32 if width == 3200 else width // 64)
+    if hasattr(args, "downsample_size"):
+        config["grid"] = int(args.image_size) // int(args.downsample_size)
+    return {"kind": "gpt", "config": config, "model": state}
+
+
+def clip_weights(state):
+    state = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.") and n != "visual.proj" and "ln_post" not in n}
+    state["class_embedding"] = state["class_embedding"][None]
+    return rename(state, {"^conv1": "patch"} | BLOCK_NAMES)
+
+
+def dinov2_weights(state):
+    state = rename(state, {r"patch_embed\.proj": "patch", r"^norm\.": "norm_post.", r"ls1\.gamma": "attn.proj.scale", r"ls2\.gamma": "mlp.fc2.scale"})
+    for name in [n for n in state if n.endswith(".scale")]:  # of a branch's output: as well put into the weights of its last layer
+        layer, scale = name.removesuffix(".scale"), state.pop(name)
+        state |= {f"{layer}.weight": scale[:, None] * state[f"{layer}.weight"], f"{layer}.bias": scale * state[f"{layer}.bias"]}
+    first, table = state.pop("pos_embed")[0].split([1, 37**2])
+    table = table.T.unflatten(1, (37, 37))[None]  # to 16x16, by a scale that is 0.1 off, as DINOv2's own code does it
+    table = F.interpolate(table, scale_factor=(16 + 0.1) / 37, mode="bicubic")[0].flatten(1).T
+    del state["mask_token"]
+    return state | {"positions": torch.cat([first, table]), "class_embedding": state.pop("cls_token")[0]}

@@ -93,7 +93,7 @@ def generate(gpt, tokenizer, labels, batches, args):
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and has_fast_bf16(device)
     gpt = gpt.to(torch.bfloat16 if bf16 else torch.float32)
     for batch in batches:
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + batch.start)
+        generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + batch.start) % 2**63)
         ids = gpt.generate(labels[batch.start:batch.stop].to(device), args.cfg_scale, args.temperature, args.top_k, args.top_p, generator)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             images = tokenizer.decode(ids)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fqgan import GPT, GPTConfig, UserError, flag, load_data, load_tokenizer
-from train_tokenizer import Run, TrainConfig, cli, parse, per_code, pick, save_grid
+from fqgan import GPT, GPTConfig, UserError, flag, load_tokenizer
+from train_tokenizer import Run, TrainConfig, cli, load_parts, parse, per_code, pick, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
@@ -147,7 +147,7 @@ def main():
     run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
     tokenizer = load_tokenizer(settings["tokenizer"] or run.path.parent / "tokenizer.pt", run.device)
     t = tokenizer.config
-    sources = [load_data(run.data, t.image_size, train) for train in (True, False)]
+    sources = load_parts(run.data, t.image_size)
     classes = sources[0].classes
     config = pick(GPTConfig, settings | dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes)))
 

@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from fqgan import (LPIPS, TEACHERS, FQGAN, Discriminator, FQGANConfig, UserError, flag, hinge_loss, load_checkpoint, load_data,
-                   load_teacher, to_uint8)
+from fqgan import (LPIPS, TEACHERS, FQGAN, Discriminator, FQGANConfig, UserError, explained, flag, hinge_loss, load_checkpoint, load_data,
+                   load_teacher, require, to_uint8)
 
 # The fqgan presets are the paper's recipe (sec. 4.1 and the official training script), which is the flags' defaults.
 PRESETS = {
@@ -88,6 +88,18 @@ def start(device="auto", seed=0):
     torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
     torch.manual_seed(seed)
     return device, rank, world
+
+
+def load_parts(name, image_size):
+    """load_data's training part and held-out part; what is to be downloaded, one process of a machine fetches for all."""
+    wait = dist.is_initialized()
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if wait and not first:
+        dist.barrier()
+    parts = [load_data(name, image_size, train) for train in (True, False)]
+    if wait and first:
+        dist.barrier()
+    return parts
 
 
 def has_fast_bf16(device):
@@ -211,7 +223,8 @@ def parse(doc, presets, filename, kind, *groups):
     path, checkpoint = Path(settings["out"]) / filename, None
     if settings["resume"]:
         checkpoint = load_checkpoint(path, kind)
-        saved = checkpoint["settings"]
+        saved = checkpoint.get("settings")
+        require(saved, f"{path} holds weights, not a run: it cannot be resumed" + (", but --init starts from it" if kind == "tokenizer" else ""))
         changed = {n: v for n, v in (preset | given).items() if n not in FREE and saved.get(n) != v}
         if changed and not settings["overwrite"]:
             raise UserError(f"{path} was made with " + ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} (now {v})" for n, v in changed.items())
@@ -313,10 +326,8 @@ class Run:
             if missing:
                 raise UserError(f"{self.path} does not hold {', '.join(missing)}: it was made without; it cannot be resumed with")
             for name, part in self.parts.items():
-                try:
+                with explained(f"{self.path}: {name} does not fit"):
                     part.load_state_dict(self.checkpoint[name])
-                except (RuntimeError, ValueError, KeyError) as error:
-                    raise UserError(f"{self.path}: {name} does not fit ({' '.join(str(error).split())[:160]})") from None
             self.step = self.checkpoint["step"]
             self.window = {name: value.to(self.device) for name, value in self.checkpoint["window"].items() if self.rank == 0}
             self.checkpoint = None
@@ -543,23 +554,18 @@ def features_of(images, teachers, run, every_rank):
 
 
 def width_of(teacher, name, size, device):
-    try:
-        with torch.no_grad():
-            _, width = teacher(torch.zeros(2, 3, size, size, device=device)).shape
+    with explained(f"--teachers {name}: does not turn images (2, 3, {size}, {size}) into features (2, D)"), torch.no_grad():
+        _, width = teacher(torch.zeros(2, 3, size, size, device=device)).shape
         return width
-    except Exception as error:  # a model of the user's: anything
-        raise UserError(f"--teachers {name}: does not turn (2, 3, {size}, {size}) images into (2, D) features ({' '.join(str(error).split())[:160]})") from None
 
 
 def start_from(model, path):
     """Loads a checkpoint's weights; feature heads may be lacking on either side."""
     state = load_checkpoint(path, "tokenizer")
-    try:
+    with explained(f"--init {path}: does not fit the model that the flags describe"):
         missing, unexpected = model.load_state_dict(state.get("ema") or state["model"], strict=False)
-        if others := [n for n in missing + unexpected if ".head." not in n]:
-            raise RuntimeError(f"{len(others)} weights such as {others[0]}")
-    except RuntimeError as error:
-        raise UserError(f"--init {path}: does not fit the model that the flags describe ({' '.join(str(error).split())[:160]})") from None
+        others = [n for n in missing + unexpected if ".head." not in n]
+        require(not others, f"--init {path}: does not fit the model that the flags describe ({len(others)} weights such as {others[:1]})")
 
 
 @torch.no_grad()
@@ -606,7 +612,7 @@ def main():
     teachers = [load_teacher(name).to(run.device) for name in names]
     config = replace(config, teacher_widths=tuple(width_of(t, name, config.image_size, run.device) for t, name in zip(teachers, names)))
     lpips = LPIPS().to(run.device) if config.perceptual_weight else None
-    train_data, held_out = (load_data(run.data, config.image_size, train) for train in (True, False))
+    train_data, held_out = load_parts(run.data, config.image_size)
 
     model = FQGAN(config).to(run.device)
     if settings["init"] and not checkpoint:
