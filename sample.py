@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from fqgan import FQGAN, FQGANConfig, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, to_uint8
-from train_tokenizer import Parser, cli, has_fast_bf16, save_grid, start
+from train_tokenizer import Parser, cli, has_fast_bf16, reserve, save_grid, start
 
 
 def numbers(kind):
@@ -165,12 +165,17 @@ def remember(path, settings, rank):
 def pack(path, files):
     """The files' pixels as arr_0 (n, H, W, 3) uint8, one image in memory at a time."""
     first = np.asarray(Image.open(files[0]))
-    raw = path.with_suffix(".npy.tmp")
-    array = np.lib.format.open_memmap(raw, "w+", np.uint8, (len(files), *first.shape))
-    for i, file in enumerate(files):
-        array[i] = np.asarray(Image.open(file))
-    np.savez(path, arr_0=array)
-    raw.unlink()
+    raw, whole = path.with_name(f".{path.stem}.npy"), path.with_name(f".{path.stem}.npz")
+    try:
+        array = np.lib.format.open_memmap(raw, "w+", np.uint8, (len(files), *first.shape))
+        reserve(raw)
+        for i, file in enumerate(files):
+            array[i] = np.asarray(Image.open(file))
+        np.savez(whole, arr_0=array)
+        whole.replace(path)
+    finally:
+        raw.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -498,7 +498,7 @@ def test_gpt_config_refuses(options, message):
 
 def test_both_scripts_make_what_they_say(trained, capsys):
     out = trained
-    assert sorted(p.name for p in out.iterdir()) == ["gpt.pt", "gpt_log.csv", "log.csv", "recon.png", "samples.png", "tokenizer.pt",
+    assert sorted(p.name for p in out.iterdir()) == ["gpt.1.pt", "gpt.pt", "gpt_log.csv", "log.csv", "recon.png", "samples.png", "tokenizer.1.pt", "tokenizer.pt",
                                                       "tokens_train.json", "tokens_train.npy", "tokens_val.json", "tokens_val.npy"]
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [r["step"] for r in rows] == ["1", "2", "2", "3", "4", "4"] and float(rows[-1]["val_psnr"]) > 3
@@ -521,8 +521,8 @@ def interrupted_after(monkeypatch, saves):
     """Makes the run die right after its n-th checkpoint, as a power cut would."""
     save, left = train_tokenizer.save_checkpoint, itertools.count(saves - 1, -1)
 
-    def save_and_die(*args):
-        save(*args)
+    def save_and_die(*args, **options):
+        save(*args, **options)
         if next(left) == 0:
             raise KeyboardInterrupt
     monkeypatch.setattr(train_tokenizer, "save_checkpoint", save_and_die)
@@ -695,6 +695,47 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
         fqgan.load_gpt(trained / "tokenizer.pt")
 
 
+def test_checkpoints_before_the_newest_are_kept(tmp_path):
+    for step in range(5):
+        train_tokenizer.save_checkpoint(tmp_path / "x.pt", {"step": step}, keep=2)
+    assert {p.name: torch.load(p, weights_only=True)["step"] for p in tmp_path.iterdir()} == {"x.pt": 4, "x.1.pt": 3, "x.2.pt": 2}
+
+
+def test_what_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    """One bad step is named and changes no weight; ten in a row end the run with the checkpoint before them intact."""
+    from_step, plain = {3}, fqgan.disentangle_loss
+    steps = itertools.count()
+    monkeypatch.setattr(fqgan, "disentangle_loss", lambda q: plain(q) * (math.nan if next(steps) in from_step else 1))
+    flags = ["--k", 2, *TINY_RUN, "--steps", 6, "--eval-every", 100]
+    call(train_tokenizer, *flags, "--out", tmp_path / "once")
+    assert capsys.readouterr().out.count("left out: disentangle not finite") == 1
+    state = torch.load(tmp_path / "once" / "tokenizer.pt", weights_only=True)
+    assert all(t.isfinite().all() for t in state["model"].values())
+    assert all(math.isfinite(float(r["loss"])) for r in csv.DictReader(open(tmp_path / "once" / "log.csv")) if r["loss"] and r["step"] != "4")
+
+    steps, from_step = itertools.count(), range(2, 1000)
+    with pytest.raises(UserError, match="10 steps in a row were not finite, step 12 the last: try a smaller --lr; .*tokenizer.pt is from before"):
+        call(train_tokenizer, *flags, "--out", tmp_path / "ever", "--steps", 100, "--eval-every", 2)
+    assert all(t.isfinite().all() for t in torch.load(tmp_path / "ever" / "tokenizer.pt", weights_only=True)["model"].values())
+
+
+def test_float16_scales_its_gradients_and_resumes(tmp_path):
+    flags = ["--k", 2, *TINY_RUN, "--dtype", "float16", "--steps", 4]
+    call(train_tokenizer, *flags, "--out", tmp_path)
+    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 1 and all(t.isfinite().all() for t in state["model"].values())
+    call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", 5)
+
+
+def test_collapsed_codebooks_are_said(tmp_path, capsys):
+    call(train_tokenizer, "--k", 2, *TINY_RUN, "--out", tmp_path, "--lr", 0)
+    assert "sub-codebook 1 has collapsed" not in capsys.readouterr().out
+    run = type("Run", (train_tokenizer.Run,), {"__init__": lambda self: None, "gather_window": lambda self: None, "write_row": lambda *_: None})()
+    vars(run).update(step=10, log_every=10, steps_total=20, window={"counts": torch.tensor([[64, 0, 0, 0], [9, 9, 9, 9]])}, rank=0, first=0, batch_size=1, clock=0.0)
+    run.log([])
+    assert "sub-codebook 1 has collapsed: perplexity 1.0" in (text := capsys.readouterr().out) and "sub-codebook 2" not in text
+
+
 def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     train_tokenizer.save_checkpoint(tmp_path / "x.pt", {"step": 1})
 
@@ -716,7 +757,7 @@ def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     (train_tokenizer, ["--batch-size", "30000"], "20000 images are fewer than one batch"),
     (train_tokenizer, ["--batch-size", "9", "--accumulate", "2"], "not divisible"),
     (train_tokenizer, ["--lr", "-1"], "--lr is -1.0"),
-    (train_tokenizer, ["--dtype", "int8"], "choose float32, bfloat16 or auto"),
+    (train_tokenizer, ["--dtype", "int8"], "choose float32, bfloat16, float16 or auto"),
     (train_tokenizer, ["--device", "tpu9"], "not usable here"),
     (train_tokenizer, ["--k", "2", "--colour", "red"], "unrecognized arguments: --colour red"),
     (train_tokenizer, ["--channel-mult", "1,x"], "argument --channel-mult: invalid"),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fqgan import GPT, GPTConfig, UserError, flag, load_tokenizer
-from train_tokenizer import Run, TrainConfig, cli, load_parts, parse, per_code, pick, save_grid
+from train_tokenizer import Run, TrainConfig, cli, load_parts, parse, per_code, pick, reserve, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
@@ -64,6 +64,7 @@ class Tokens(torch.utils.data.Dataset):
                 raise UserError(f"{path} was made with another {' and '.join(other)}: --overwrite encodes again, --out FOLDER leaves it alone")
             if other or not known:
                 np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
+                reserve(path)
                 note.write_text(json.dumps(made_of, indent=1))
         if run.world > 1:
             dist.barrier()
@@ -171,9 +172,9 @@ def main():
         for ids, labels in run.micro_batches():
             with run.autocast():
                 _, loss = parallel_model(ids, labels)
-            (loss / run.accumulate).backward()
+            run.backward({"cross_entropy": loss})
             run.record({"cross_entropy": loss})
-        run.update(model, optimizer)
+        run.update((model, optimizer))
         run.average(ema, model)
         run.log(columns)
 

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -51,6 +52,8 @@ def cli(main):
             dist.destroy_process_group()
     except UserError as error:  # a data loader's worker sends its whole traceback along: keep the last line
         sys.exit(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('fqgan.UserError: ')}")
+    except OSError as error:  # a full disk, a read-only folder, ...
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -110,18 +113,38 @@ def has_fast_bf16(device):
     return device.type == "cpu" and bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
-def save_checkpoint(path, contents):
-    """Writes to a temporary name and renames, so that `path` always holds a whole checkpoint."""
-    temporary = Path(f"{path}.tmp")
+def save_checkpoint(path, contents, keep=0):
+    """
+    Writes to a temporary name and renames, so that `path` always holds a whole checkpoint. The `keep` before it stay
+    beside it, as NAME.1.pt, the youngest, and so on.
+    """
+    path = Path(path)
+    temporary, older = Path(f"{path}.tmp"), [path] + [path.with_suffix(f".{i + 1}{path.suffix}") for i in range(keep)]
     try:
         with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
+        for newer, name in reversed(list(zip(older[1:-1], older[2:]))):
+            if newer.exists():
+                os.replace(newer, name)
+        if keep and path.exists():
+            older[1].unlink(missing_ok=True)
+            try:
+                os.link(path, older[1])
+            except OSError:  # a file system without links
+                shutil.copyfile(path, older[1])
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
+
+
+def reserve(path):
+    """Takes the disk space that a file made by open_memmap will need: a full disk then is an OSError now, not the process's death later."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def save_grid(path, rows, tile=96):
@@ -174,9 +197,10 @@ class TrainConfig:
     final_lr: float = flag(1.0, "share of --lr that a cosine decay ends at; 1 for no decay")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
     ema: float = flag(0.0, "decay of an exponential moving average of the weights, used where there is one; 0 for none")
+    keep: int = flag(1, "checkpoints kept besides the newest")
     seed: int = flag(0, "seed of weights, order of data, crops and dropout")
     device: str = flag("auto", "cuda, mps, cpu, ...; auto: the best there is")
-    dtype: str = flag("auto", "float32, bfloat16 (autocast), or auto: bfloat16 where the hardware has it")
+    dtype: str = flag("auto", "float32; bfloat16 or float16 (autocast, float16 with a gradient scaler); or auto: bfloat16 where the hardware has it")
     compile: bool = flag(False, "compile the model")
     workers: int = flag(8, "processes that load data; 0: none besides the main one")
     log_every: int = flag(50, "steps between progress lines and rows of log.csv")
@@ -187,8 +211,9 @@ class TrainConfig:
     tensorboard: bool = flag(False, "also write TensorBoard events to --out (needs the package tensorboard)")
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A run may be resumed with other values of these without becoming another run.
-FREE = {"out", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
+FREE = {"out", "keep", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
 
 
 def parse(doc, presets, filename, kind, *groups):
@@ -237,8 +262,8 @@ def parse(doc, presets, filename, kind, *groups):
                           lr=0, epochs=0, final_lr=0, grad_clip=0, ema=0).items():
         if not settings[name] >= low:
             raise UserError(f"--{name.replace('_', '-')} is {settings[name]}; it must be at least {low}")
-    if settings["dtype"] not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {settings['dtype']}: choose float32, bfloat16 or auto")
+    if settings["dtype"] not in ("auto", *DTYPES):
+        raise UserError(f"--dtype {settings['dtype']}: choose {', '.join(DTYPES)} or auto")
     if settings["ema"] >= 1:
         raise UserError(f"--ema is {settings['ema']}; a decay is below 1, such as 0.999")
     return settings, checkpoint
@@ -304,7 +329,8 @@ class Run:
         self.log_path = self.path.parent / log
         self.step, self.steps_total, self.began = 0, self.steps, time.time()
         self.parts, self.parallel_parts, self.window = {}, [], {}
-        self.interrupted, self.fresh_log, self.events = False, True, None
+        self.interrupted, self.fresh_log, self.events, self.skipped = False, True, None, 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
         if self.tensorboard and self.rank == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -317,10 +343,10 @@ class Run:
             print(*words, flush=True)
 
     def autocast(self):
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+        return torch.autocast(self.device.type, dtype=DTYPES[self.dtype], enabled=self.dtype != "float32")
 
     def track(self, **parts):
-        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.parts = {name: part for name, part in (parts | {"scaler": self.scaler if self.scaler.is_enabled() else None}).items() if part is not None}
         if self.checkpoint:
             missing = [n for n in self.parts if n not in self.checkpoint]
             if missing:
@@ -398,6 +424,7 @@ class Run:
             digest = hashlib.sha256(f"{self.seed} {self.step} {self.rank}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:7], "little"))
             self.step += 1
+            self.losses = {}
             yield self.step - 1
             if self.world > 1 and self.step % self.log_every == 0:  # an interrupt may reach one rank before another
                 flag = torch.tensor(int(self.interrupted), device=self.device)
@@ -417,11 +444,31 @@ class Run:
                 part.require_backward_grad_sync = i == self.accumulate - 1
             yield self.to_device(next(self.batches))
 
-    def update(self, module, optimizer):
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def backward(self, losses):
+        """The gradients of losses (name -> scalar, weights included) of a micro-batch, added to those of the step's others."""
+        self.losses |= {name: loss.detach() for name, loss in losses.items()}
+        self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
+
+    def update(self, *pairs):
+        """
+        The step of each (module, optimizer); left out, with the name of what is not finite, where a gradient is not. Ten such steps in
+        a row end the run with UserError: the last checkpoint is from before them.
+        """
+        finite = True
+        for module, optimizer in pairs:
+            self.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip or math.inf)
+            if norm.isfinite():  # the same on all ranks
+                self.scaler.step(optimizer)
+            finite &= bool(norm.isfinite())
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        bad = [name for name, loss in self.losses.items() if not loss.isfinite()] if not finite else []
+        self.skipped = 0 if finite else self.skipped + (self.dtype != "float16" or bool(bad))  # a scaler also tries scales that are too large
+        if not finite:
+            self.say(f"step {self.step} left out: {', '.join(bad) or 'the gradient'} not finite")
+        if self.skipped >= 10:
+            raise UserError(f"10 steps in a row were not finite, step {self.step} the last: try a smaller --lr" + (f"; {self.path} is from before" if self.path.exists() else ""))
 
     def average(self, ema, module):
         """Moves the moving average towards the module's weights; the decay is smaller in the first steps."""
@@ -444,7 +491,8 @@ class Run:
         counts of chosen codes (k, V) to be added up. No device is made to wait for it.
         """
         for name, value in losses.items():
-            pair = torch.stack([value.detach().float(), torch.ones_like(value, dtype=torch.float)])  # sum and number
+            value = value.detach().float()
+            pair = torch.stack([value.nan_to_num(0, 0, 0), value.isfinite().float()])  # sum and number
             self.window[name] = self.window[name] + pair if name in self.window else pair
         if counts is not None:
             self.window["counts"] = self.window["counts"] + counts if "counts" in self.window else counts
@@ -476,6 +524,9 @@ class Run:
                 share, perplexity = usage(counts)
                 row |= per_code("usage", share) | per_code("perplexity", perplexity)
                 text += f" | codes used {' '.join(f'{100 * s:.0f}' for s in share.tolist())} %"
+                for i, (used, effective) in enumerate(zip(share.tolist(), perplexity.tolist())):
+                    if effective < 2 or used < 0.1:
+                        text += f" | sub-codebook {i + 1} {'has collapsed' if effective < 2 else 'is dying'}: perplexity {effective:.1f}"
             speed = (self.step - self.first) * self.batch_size / (time.time() - self.clock)
             left = (self.steps_total - self.step) * self.batch_size / speed
             self.say(f"step {self.step}/{self.steps_total}  {text} | {speed:.0f} images/s, {duration(left)} left")
@@ -506,7 +557,7 @@ class Run:
         """Writes the checkpoint: all tracked parts, where the run stands, its settings, and `extra`."""
         self.gather_window()
         if self.rank == 0:
-            save_checkpoint(self.path, extra | {"kind": self.kind, "settings": self.settings, "step": self.step, "window": self.window}
+            save_checkpoint(self.path, keep=self.keep, contents=extra | {"kind": self.kind, "settings": self.settings, "step": self.step, "window": self.window}
                             | {name: part.state_dict() for name, part in self.parts.items()})
 
 
@@ -650,16 +701,14 @@ def main():
                 if adversarial:
                     disc.requires_grad_(False)
                     losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
-            (sum(losses.values()) / run.accumulate).backward()
+            run.backward(losses)
             if adversarial:
                 disc.requires_grad_(True)
                 with run.autocast():
                     losses["discriminator"] = config.disc_weight * hinge_loss(parallel_disc(images), parallel_disc(reconstruction.detach()))
-                (losses["discriminator"] / run.accumulate).backward()
+                run.backward({"discriminator": losses["discriminator"]})
             run.record(losses, model.take_counts())
-        run.update(model, optimizer)
-        if adversarial:
-            run.update(disc, disc_optimizer)
+        run.update(*[(model, optimizer), (disc, disc_optimizer)][:1 + adversarial])
         run.average(ema, model)
         run.log(columns)
 
