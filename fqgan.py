@@ -1099,8 +1099,13 @@ def load_checkpoint(path, kind):
 def build(model_class, config_class, state, path, device="cpu"):
     """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
     with explained(f"{path}: weights and config do not fit this version"):
-        model = model_class(config_class(**state["config"]))
-        model.load_state_dict(state.get("ema") or state["model"])
+        config, weights = config_class(**state["config"]), state.get("ema") or state["model"]
+        blocks = sum(getattr(config, name, 0) for name in ("k", "n_layer", "head_layers", "adapter_depth", "res_blocks"))
+        require(blocks <= len(weights), f"{path}: its config describes more blocks than it has weights")
+        with torch.device("meta"):  # a file with absurd sizes is refused before they take memory
+            model_class(config).load_state_dict(weights, assign=True)
+        model = model_class(config)
+        model.load_state_dict(weights)
         model.trained_on = state.get("settings", {}).get("data")
     return model.to(device).eval()
 

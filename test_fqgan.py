@@ -3,12 +3,17 @@ Tests of behaviour: every loss against its plain formula, cached sampling agains
 unbroken one, two processes against one, bad input against its one line. Nothing is downloaded.
 
 $ python -m pytest -q test_fqgan.py
+$ python test_fqgan.py speed             # the benchmark
+$ python test_fqgan.py faults            # kills, damaged files and strange flags by the thousand
 """
 
 import argparse
+import contextlib
 import copy
 import csv
+import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -16,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -1503,7 +1509,7 @@ def test_lpips_against_its_formula(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# Benchmark: `python test_fqgan.py` prints what the fast paths gain over plain ones, each in a process of its own
+# Speed: what the fast paths gain over plain ones
 
 
 def plain_quantizer(z, codes):
@@ -1606,11 +1612,11 @@ def benchmarks():
     }
 
 
-def main():
+def speed(name=None, way=None):
+    """`python test_fqgan.py speed`: seconds and memory of each way, in a process of its own."""
     import resource
-    if len(sys.argv) == 3:
-        prepare = benchmarks()[sys.argv[1]][sys.argv[2]]
-        work, times = prepare()
+    if name:
+        work, times = benchmarks()[name][way]()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if times > 1:
             work()
@@ -1622,11 +1628,124 @@ def main():
         return print(json.dumps([seconds, (peak - before) / 1e6, peak / 1e6]))
     for name, ways in benchmarks().items():
         for i, way in enumerate(ways):
-            made = subprocess.run([sys.executable, __file__, name, way], capture_output=True, text=True)
+            made = subprocess.run([sys.executable, __file__, "speed", name, way], capture_output=True, text=True)
             seconds, grown, peak = json.loads(made.stdout) if made.returncode == 0 else sys.exit(made.stderr)
             first = seconds if i == 0 else first
             print(f"{name if i == 0 else '':58s} {way:9s} {seconds:7.2f} s  {grown:5.1f} GB more, {peak:4.1f} GB in all" + (f"  {first / seconds:5.1f}x" if i else ""), flush=True)
 
 
+# -----------------------------------------------------------------------------
+# Faults: `python test_fqgan.py faults`, about ten minutes: what the quick tests do once, many times, seeded
+
+
+def damaged(data, rng):
+    """Bytes cut off, bits flipped, a stretch overwritten, or all at once."""
+    data = bytearray(data)
+    for kind in rng.choice(("cut", "flip", "zero"), size=rng.integers(1, 3), replace=False):
+        if kind == "cut":
+            del data[rng.integers(0, len(data)):]
+        elif data:
+            at = rng.integers(0, len(data))
+            if kind == "flip":
+                for i in rng.integers(0, len(data), rng.integers(1, 20)):
+                    data[i] ^= 1 << int(rng.integers(0, 8))
+            else:
+                data[at:at + 64] = bytes(min(64, len(data) - at))
+    return bytes(data)
+
+
+def faults_images(folder, rng, n=10_000):
+    """Damaged images are read or refused, nothing else: no crash, no memory beyond a bound."""
+    seeds = []
+    for i, (end, options) in enumerate(((".png", {}), (".jpg", {}), (".gif", {}), (".bmp", {}), (".webp", {}), (".tif", {}))):
+        Image.fromarray(rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)).save(folder / f"whole{end}", **options)
+        seeds.append((folder / f"whole{end}").read_bytes())
+        (folder / f"whole{end}").unlink()
+    ends, read = (".png", ".jpg", ".gif", ".bmp", ".webp", ".tif"), 0
+    for i in range(n):
+        path = folder / f"{i % 7}\n\"'\udcff{rng.choice(ends)}"
+        path.write_bytes(damaged(seeds[i % len(seeds)], rng))
+        data = fqgan.ImageData(type("One", (), {"samples": [(path, 0)], "__len__": lambda self: 1, "__getitem__": fqgan.Folder.__getitem__})(), ["x"], 16, False, "one")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):
+            data[0]
+            read += 1
+        path.unlink()
+    return f"{n} damaged images: {read} could be read all the same, {n - read} were refused"
+
+
+def faults_checkpoints(folder, rng, n=1000):
+    """Mutated checkpoints load or are refused in one line."""
+    call(train_tokenizer, "--k", 2, "--out", folder / "run", *TINY_RUN)
+    good, loaded, path = (folder / "run" / "tokenizer.pt").read_bytes(), 0, folder / "mutated.pt"
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    for i in range(n):
+        if i % 2:
+            path.write_bytes(damaged(good, rng))
+        else:
+            mutated = copy.deepcopy({n: state[n] for n in ("kind", "config", "model", "settings")})
+            part = mutated[rng.choice(("config", "model"))]
+            name = rng.choice(list(part))
+            absurd = ["text", None, -1, 10**9, 1.5, math.nan, [], {}, torch.zeros(3), torch.zeros(1).expand(10**6, 10**6), torch.zeros((), dtype=torch.int8)]
+            if rng.random() < 0.2:
+                del part[name]
+            else:
+                part[name] = absurd[rng.integers(len(absurd))]
+            torch.save(mutated, path)
+        try:
+            fqgan.load_tokenizer(path)
+            loaded += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+    return f"{n} mutated checkpoints: {loaded} could be loaded all the same, {n - loaded} were refused in one line"
+
+
+def faults_kills(folder, rng, n=30):
+    """A run killed at random moments, also while it writes, and resumed each time ends as one never killed."""
+    flags = [*TINY_RUN, "--k", 2, "--steps", 400, "--eval-every", 1, "--log-every", 3]
+    call(train_tokenizer, *flags, "--out", folder / "whole")
+    kills, done = 0, False
+    while not done:
+        resume = ["--resume"] if (folder / "cut" / "tokenizer.pt").exists() else flags
+        process = subprocess.Popen([sys.executable, "train_tokenizer.py", *map(str, resume), "--out", str(folder / "cut")], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(4 + 2 * rng.random() if kills < n else 600)
+            done = True
+            assert process.returncode == 0, process.stderr.read()
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    a, b = (torch.load(folder / name / "tokenizer.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and (folder / "whole" / "log.csv").read_text() == (folder / "cut" / "log.csv").read_text()
+    return f"{kills} kills: weights, optimizer and log to the bit those of a run never killed"
+
+
+def faults_flags(folder, rng, n=300):
+    """Flags fuzzed within their types: a run or one line."""
+    fields = {f.name: f for group in (FQGANConfig, train_tokenizer.TrainConfig, train_tokenizer.StartConfig) for f in dataclasses.fields(group) if f.metadata}
+    values = {int: (-1, 0, 1, 2, 3, 4, 8, 12), float: (-1.0, 0.0, 0.3, 1.0, 2.0, 1e9, math.nan, math.inf), str: ("", "none", "shapes", "x", "\udcff"), bool: (True,)}
+    ran = 0
+    for i in range(n):
+        picked = {name: values.get(fields[name].type, ("", "1", "1,2", "0,1", "-1,1"))[rng.integers(len(values.get(fields[name].type, range(5))))]
+                  for name in rng.choice(sorted(fields.keys() - {"out", "resume", "tensorboard", "compile", "workers", "steps", "epochs"}), rng.integers(1, 4), replace=False)}
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                call(train_tokenizer, *TINY_RUN, "--k", 2, "--overwrite", "--out", folder / "fuzz", *as_flags(picked), "--steps", 1)
+            ran += 1
+        except UserError as error:
+            assert "\n" not in str(error), picked
+        except Exception as error:
+            raise AssertionError(f"{picked} end in {type(error).__name__}: {error}") from error
+    return f"{n} command lines: {ran} ran, {n - ran} were refused in one line"
+
+
+def faults():
+    for fault in (faults_images, faults_checkpoints, faults_flags, faults_kills):
+        began = time.time()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            told = fault(Path(folder), np.random.default_rng(0))
+        print(f"{told} ({time.time() - began:.0f} s)", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    {"speed": speed, "faults": faults}[sys.argv[1] if len(sys.argv) > 1 else "speed"](*sys.argv[2:])

@@ -135,8 +135,8 @@ def sample_grid(path, model, tokenizer, classes, cfg_scale, run, columns=8, most
     """A row of samples for each of the first `most` classes."""
     shown = range(min(most, len(classes)))
     labels = torch.tensor([c for c in shown for _ in range(columns)], device=run.device)
-    with run.autocast():
-        ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed))
+    ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed))
+    with torch.no_grad(), run.autocast():
         images = tokenizer.decode(ids)
     save_grid(path, [(classes[c], images[c * columns:(c + 1) * columns]) for c in shown])
 

@@ -259,9 +259,8 @@ def parse(doc, presets, filename, kind, *groups):
     elif path.exists() and not settings["overwrite"]:
         raise UserError(f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
     for name, low in dict(steps=0, batch_size=1, accumulate=1, warmup=0, workers=0, log_every=1, eval_every=1, eval_images=1,
-                          lr=0, epochs=0, final_lr=0, grad_clip=0, ema=0).items():
-        if not settings[name] >= low:
-            raise UserError(f"--{name.replace('_', '-')} is {settings[name]}; it must be at least {low}")
+                          lr=0, epochs=0, final_lr=0, grad_clip=0, ema=0, seed=0, keep=0).items():
+        require(low <= settings[name] < math.inf, f"--{name.replace('_', '-')} is {settings[name]}; it must be at least {low}")
     if settings["dtype"] not in ("auto", *DTYPES):
         raise UserError(f"--dtype {settings['dtype']}: choose {', '.join(DTYPES)} or auto")
     if settings["ema"] >= 1:
