@@ -33,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # -----------------------------------------------------------------------------
 # Errors
@@ -390,6 +391,7 @@ class FQGANConfig:
     adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
     adapter_width: int = flag(512, "width of the adapters")
     adapter_heads: int = flag(8, "attention heads of the adapters")
+    recompute: bool = flag(False, "training keeps what convolutions return and computes norms and activations again: less memory")
     commit_weight: float = flag(0.25, "weight of the commitment loss")
     entropy_weight: float = flag(0.03, "weight of the entropy loss")
     entropy_final: float = flag(1.0, "share of --entropy-weight that an exponential decay over the run ends at; 1 for no decay")
@@ -444,11 +446,22 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = group_norm(c_in, config), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2, self.conv2 = group_norm(c_out, config), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.recompute = config.recompute
 
     def forward(self, x):
+        if self.recompute and torch.is_grad_enabled():
+            contexts = functools.partial(create_selective_checkpoint_contexts, self.keep)
+            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return self.residual(x)
+
+    def residual(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
+
+    @staticmethod
+    def keep(context, operation, *args, **options):
+        return CheckpointPolicy.MUST_SAVE if operation == torch.ops.aten.convolution.default else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class AttnBlock(nn.Module):

@@ -311,6 +311,17 @@ def test_folders_are_split(tmp_path):
     assert [len(load_data(tmp_path / "parts", 16, part)) for part in (True, False)] == [10, 6]
 
 
+def test_recomputing_changes_nothing():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = FQGAN(FQGANConfig(**SMALL | dict(recompute=recompute)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            sum(model(images_like(model.config))[1].values()).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
 def test_crops():
     ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
     image = Image.fromarray(ramp)
@@ -1559,7 +1570,7 @@ def benchmarks():
     def tokenizer_step(dtype):
         def prepare():
             images = torch.rand(2, 3, 256, 256) * 2 - 1
-            model, disc = FQGAN(FQGANConfig()).train(), fqgan.Discriminator()
+            model, disc = FQGAN(FQGANConfig(recompute=True)).train(), fqgan.Discriminator()
 
             def loss():
                 reconstruction, losses = model(images)

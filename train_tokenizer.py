@@ -35,8 +35,8 @@ PRESETS = {
     "tiny": dict(image_size=32, downsample=4, patch_size=2, channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
                  codebook_size=256, adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
                  disc_weight=0.0, perceptual_weight=0.0, teachers="none", steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=800),
-    "fqgan-ds16": dict(downsample=16),
-    "fqgan-ds8": dict(downsample=8),
+    "fqgan-ds16": dict(downsample=16, recompute=True),
+    "fqgan-ds8": dict(downsample=8, recompute=True),
 }
 
 
