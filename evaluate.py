@@ -658,16 +658,25 @@ def data_name(options, model, path):
 # Report
 
 FORMATS = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "lpips": "{:.4f}", "rfid": "{:.2f}", "fid": "{:.2f}", "inception_score": "{:.2f}",
-           "inception_score_deviation": "{:.2f}", "precision": "{:.4f}", "recall": "{:.4f}", "usage": "{:.1%}", "perplexity": "{:.1f}",
-           "probe": "{:.1%}", "mutual": "{:.3f} bits"}
+           "inception_score_deviation": "{:.2f}", "precision": "{:.4f}", "recall": "{:.4f}"}
+EACH = {"usage": ("codes used", "{:.1%}"), "perplexity": ("perplexity", "{:.1f}"), "probe": ("linear probe", "{:.1%}")}
 
 
 def report(figures, missing):
-    for name, value in figures.items():
-        words = name.replace("inception_score", "Inception Score").replace("_", " ")
-        say(f"{words:36s} {FORMATS.get(name, FORMATS.get(name.split('_')[0])).format(value)}")
+    """Prints a line a figure, and a table of what there is one of for each sub-codebook."""
+    for name, form in FORMATS.items():
+        if name in figures or name in missing:
+            say(f"{name.replace('_', ' '):22s}" + (form.format(figures[name]) if name in figures else "n/a"))
+    k = sum(name.startswith("usage_") for name in figures)
+    if k:
+        say(f"{'sub-codebook':18s}" + "".join(f"{i + 1:10d}" for i in range(k)))
+    for name, (words, form) in EACH.items() if k else ():
+        say(f"{words:18s}" + "".join(f"{form.format(figures[f'{name}_{i + 1}']) if f'{name}_{i + 1}' in figures else 'n/a':>10s}" for i in range(k)))
+    for i, j in itertools.combinations(range(1, k + 1), 2):
+        name = f"mutual_information_{i}_{j}"
+        say(f"sub-codebooks {i} and {j} share {figures[name]:.2f} bits; as many independent codes would seem to share {figures[name + '_by_chance']:.2f}")
     for reason in dict.fromkeys(missing.values()):
-        say(f"{', '.join(n for n in missing if missing[n] == reason):36s} n/a: {reason}")
+        say(f"n/a: {', '.join(n.replace('_', ' ') for n in missing if missing[n] == reason)}: {reason}")
 
 
 def main():

@@ -1458,7 +1458,7 @@ def test_evaluate_a_tokenizer(tmp_path, trained, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.tmp")), "nothing of a failed download stays"
 
     call(evaluate, "--tokenizer", trained / "tokenizer.pt", "--device", "cpu", "--n", 1, "--out", tmp_path / "figures.json" / "e.png")
-    assert "one image has no covariance" in (text := capsys.readouterr().out) and "no picture" in text and "psnr" in text, "what can be measured, is"
+    assert "one image has no covariance" in (text := capsys.readouterr().out) and "no picture" in text and "linear probe" in text, "what can be measured, is"
     for i, name in enumerate(("a", "b")):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(4, i), sigma=np.eye(4))
     call(evaluate, "--real", tmp_path / "a.npz", "--fake", tmp_path / "b.npz", "--json", tmp_path / "figures.json")
