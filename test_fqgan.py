@@ -1077,7 +1077,7 @@ def test_published_gpts(k, tmp_path):
         fqgan.load_gpt(tmp_path / "t2i.pt")
 
 
-def test_sampling_and_training_from_published_files(tmp_path, capsys):
+def test_sampling_and_training_from_published_files(tmp_path, monkeypatch):
     torch.save({"model": PublishedTokenizer(2).state}, tmp_path / "tokenizer.pt")
     torch.save({"model": PublishedGPT(2, V=64).state, "args": argparse.Namespace(image_size=64, downsample_size=16)}, tmp_path / "gpt.pt")
     flags = ["--gpt", tmp_path / "gpt.pt", "--tokenizer", tmp_path / "tokenizer.pt", "--device", "cpu"]
@@ -1085,6 +1085,17 @@ def test_sampling_and_training_from_published_files(tmp_path, capsys):
     assert Image.open(tmp_path / "grid.png").height == 4 + 6 * 100
     with pytest.raises(UserError, match="holds no tokenizer: name it with --tokenizer"):
         call(sample, "--gpt", tmp_path / "gpt.pt", "--device", "cpu")
+    folder = make_folder(tmp_path / "images")
+    call(train_gpt, "--tokenizer", tmp_path / "tokenizer.pt", "--data", folder, "--out", tmp_path / "own", *TINY_GPT_RUN, "--crops", 10)
+    assert fqgan.load_gpt(tmp_path / "own" / "gpt.pt").config.vocab_size == 64
+    with pytest.raises(UserError, match="does not say what it was trained on"):
+        call(evaluate, "--tokenizer", tmp_path / "tokenizer.pt", "--device", "cpu")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: (_ for _ in ()).throw(OSError("no route to host")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    call(evaluate, "--tokenizer", tmp_path / "tokenizer.pt", "--device", "cpu", "--data", folder, "--json", tmp_path / "f.json")
+    assert json.loads((tmp_path / "f.json").read_text())["probe_2"] > 0.2
+    with pytest.raises(UserError, match="holds weights, not a run: it cannot be resumed, but --init starts from it"):
+        call(train_tokenizer, "--out", tmp_path, "--resume")
     call(train_tokenizer, "--init", tmp_path / "tokenizer.pt", "--out", tmp_path / "tuned", "--disc-weight", 0, "--perceptual-weight", 0, *TINY_RUN[len([*as_flags(SMALL)]):], "--steps", 1, "--lr", 0)
     before, after = (fqgan.load_tokenizer(tmp_path / n) for n in ("tokenizer.pt", "tuned/tokenizer.pt"))
     images = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -1150,6 +1161,14 @@ def test_clip_teacher(tmp_path):
     with pytest.raises(UserError, match="does not hold the teacher clip_vitl14"):
         torch.save({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "broken.pt")
         fqgan.load_teacher("clip_vitl14", tmp_path / "broken.pt")
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'touched'}",)
+    torch.save({"visual.conv1.weight": Hostile()}, tmp_path / "hostile.pt")
+    with pytest.raises(UserError, match="does not hold the teacher clip_vitb16"):
+        fqgan.load_teacher("clip_vitb16", tmp_path / "hostile.pt")
+    assert not (tmp_path / "touched").exists()
     with pytest.raises(UserError, match="no teacher vgg: there are clip_vitb16"):
         fqgan.load_teacher("vgg")
 
