@@ -419,7 +419,7 @@ class FQGANConfig:
         self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
         require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
         require(len(self.channel_mult) == levels,
-                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} has {levels}")
+                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} with patch_size {self.patch_size} has {levels}")
         require(all(m > 0 and self.channels * m % self.norm_groups == 0 for m in (1, *self.channel_mult)),
                 f"channels {self.channels} x {self.channel_mult} must be multiples of norm_groups {self.norm_groups}")
         require(self.adapter_depth == 0 or self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
@@ -792,14 +792,19 @@ class LPIPS(nn.Module):
         read_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
         self.eval().requires_grad_(False)
 
-    def forward(self, images, others):
-        x, distance, weights = self.normalize(torch.cat([images, others])), 0, iter(self.lin)
+    def maps(self, images):
+        """The five feature maps, of unit length over the channels."""
+        x, maps = self.normalize(images), []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
-                a, b = F.normalize(x.float(), dim=1, eps=1e-10).chunk(2)
-                distance = distance + ((a - b).square() * next(weights).weight).sum(1).mean((1, 2))
-        return distance
+                maps.append(F.normalize(x.float(), dim=1, eps=1e-10))
+        return maps
+
+    def forward(self, images, others):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):  # the originals need none
+            maps = self.maps(images)
+        return sum(((a - b).square() * lin.weight).sum(1).mean((1, 2)) for a, b, lin in zip(maps, self.maps(others), self.lin))
 
 
 class Discriminator(nn.Module):

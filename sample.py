@@ -36,7 +36,7 @@ def add_knobs(parser):
     add("--temperature", type=numbers(float), default=1.0, help="below 1 likelier codes, 0 the likeliest (default: %(default)s)")
     add("--top-k", type=numbers(int), default=0, help="sample from the k likeliest codes only; 0: from all (default: %(default)s)")
     add("--top-p", type=numbers(float), default=1.0, help="sample from the likeliest codes that make up p (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of sampling; auto: bfloat16 where the hardware has it (default: %(default)s)")
@@ -104,6 +104,8 @@ def main():
     args = flags()
     if args.n is not None and args.n < 1 or args.batch_size < 1:
         raise UserError("--n and --batch-size must be at least 1")
+    if args.npz and Path(args.npz).suffix != ".npz":
+        raise UserError(f"--npz {args.npz}: give a name that ends in .npz")
     device, rank, world = start(args.device, args.seed)
     began = time.time()
     gpt, tokenizer, names = load_generator(args.gpt, args.tokenizer, device)
@@ -119,13 +121,17 @@ def main():
     except OSError as error:
         raise UserError(f"{out}: cannot be made into a folder ({error.strerror})") from None
     files = [out / f"{i:06d}_class{int(label)}.png" for i, label in enumerate(labels)]
-    if not grid:
-        remember(out / "sample.json", {n: v for n, v in vars(args).items() if n not in ("out", "npz", "n", "device")}, rank)
+    if not grid and rank == 0:
+        made_with = {n: v for n, v in vars(args).items() if n not in ("out", "npz", "n", "device")}
+        remember(out / "sample.json", made_with | {f"{n}_file": str(stamp(vars(args)[n])) for n in ("gpt", "tokenizer") if vars(args)[n]})
 
     batches = [range(i, min(i + args.batch_size, total)) for i in range(0, total, args.batch_size)]
     todo = [b for b in batches if grid or not all(files[i].exists() for i in b)]
+    if world > 1:
+        dist.barrier()  # before the first rank writes: all have the same list
     if len(todo) < len(batches):
-        print(f"going on in {out}: {len(batches) - len(todo)} of {len(batches)} batches are there") if rank == 0 else None
+        if rank == 0:
+            print(f"going on in {out}: {len(batches) - len(todo)} of {len(batches)} batches are there")
     made, done = {}, 0
     for batch, images in generate(gpt, tokenizer, labels, todo if grid else todo[rank::world], args):
         done += len(batch)
@@ -151,14 +157,23 @@ def main():
     print(f"{total} images of {len(set(labels.tolist()))} classes in {args.npz or out}, {time.time() - began:.1f} s")
 
 
-def remember(path, settings, rank):
+def stamp(path):
+    """Tells a file from another one that took its place."""
+    state = Path(path).stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def remember(path, settings):
     """Writes down what a folder of samples was made with; refuses to mix others in."""
     if path.exists():
-        known = json.loads(path.read_text())
+        try:
+            known = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: choose another --out") from None
         changed = [f"--{n.replace('_', '-')} {known.get(n)} (now {v})" for n, v in settings.items() if known.get(n) != v]
         if changed:
             raise UserError(f"{path.parent} holds samples made with {', '.join(changed)}: choose another --out")
-    elif rank == 0:
+    else:
         path.write_text(json.dumps(settings, indent=1))
 
 

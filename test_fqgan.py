@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -628,15 +629,19 @@ def test_two_ranks_with_an_adversary_then_one(tmp_path):
     assert state["step"] == 6 and all(v.isfinite().all() for v in state["discriminator"].values())
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path):
-    flags = [sys.executable, "-u", "train_tokenizer.py", "--k", "2", "--out", str(tmp_path), *TINY_RUN, "--steps", "100000", "--eval-every", "100000"]
-    process = subprocess.Popen(flags, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("ranks, workers, kind", [(0, 2, signal.SIGINT), (2, 0, signal.SIGTERM)])
+def test_a_signal_saves_and_the_run_goes_on(ranks, workers, kind, tmp_path):
+    """Also where the whole process group gets it: workers, the launcher and all ranks."""
+    flags = ["train_tokenizer.py", "--k", "2", "--out", tmp_path, *TINY_RUN, "--steps", 100000, "--eval-every", 100000, "--workers", workers]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else ["-u"]
+    process = subprocess.Popen([sys.executable, *launcher, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, kind)
             break
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "" and "--resume goes on from here" in out
+    assert process.returncode != 0 and (ranks or process.returncode == 130 and err == "") and "--resume goes on from here" in out, err
     state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
     assert state["step"] >= 3
     call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", state["step"] + 2)
@@ -680,6 +685,10 @@ def test_sample_grid_and_files(tmp_path, trained, capsys):
     assert pixels == {n: (files / n).read_bytes() for n in names}, "made again, they come out the same"
     packed = np.load(tmp_path / "all.npz")["arr_0"]
     assert packed.shape == (23, 16, 16, 3) and packed.dtype == np.uint8 and np.array_equal(packed[12], np.asarray(Image.open(files / names[12])))
+    with pytest.raises(UserError, match=r"samples made with --gpt-file .* \(now "):
+        os.utime(trained / "gpt.pt", ns=(0, state := (trained / "gpt.pt").stat().st_mtime_ns + 1))
+        call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5)
+    os.utime(trained / "gpt.pt", ns=(0, state - 1))
     with pytest.raises(UserError, match=r"samples made with --seed 0 \(now 1\)"):
         call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--seed", 1)
     ranks = shell("sample.py", *flags, "--out", tmp_path / "ranks", "--count", 23, "--batch-size", 5, ranks=2)
@@ -731,7 +740,7 @@ def test_what_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(float(r["loss"])) for r in csv.DictReader(open(tmp_path / "once" / "log.csv")) if r["loss"] and r["step"] != "4")
 
     steps, from_step = itertools.count(), range(2, 1000)
-    with pytest.raises(UserError, match="10 steps in a row were not finite, step 12 the last: try a smaller --lr; .*tokenizer.pt is from before"):
+    with pytest.raises(UserError, match="10 steps in a row were not finite, step 12 the last: try a smaller --lr; the last checkpoint is from before them"):
         call(train_tokenizer, *flags, "--out", tmp_path / "ever", "--steps", 100, "--eval-every", 2)
     assert all(t.isfinite().all() for t in torch.load(tmp_path / "ever" / "tokenizer.pt", weights_only=True)["model"].values())
 
@@ -764,6 +773,27 @@ def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "x.pt", weights_only=True) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
+    """Their flags are known and fit each other; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    commands = [c.split("#")[0].split() for block in blocks for line in block.splitlines() for c in line.split("&&")]
+    found = 0
+    for words in commands:
+        scripts = {f"{s.__name__}.py": s for s in (train_tokenizer, train_gpt)}
+        if name := next((w for w in words if w in scripts), None):
+            argv = words[words.index(name) + 1:]
+            config = FQGANConfig if name == "train_tokenizer.py" else GPTConfig
+            if "--init" in argv:
+                torch.save({"model": PublishedTokenizer(2).state}, argv[argv.index("--init") + 1])
+            monkeypatch.setattr(sys, "argv", [name, *argv])
+            groups = (train_tokenizer.StartConfig,) if name == "train_tokenizer.py" else (train_gpt.TokenConfig,)
+            settings, _ = train_tokenizer.parse("", scripts[name].PRESETS, "x.pt", "tokenizer", config, train_tokenizer.TrainConfig, *groups)
+            train_tokenizer.pick(config, settings)
+            found += 1
+    assert found >= 10
+
+
 @pytest.mark.parametrize("script, argv, message", [
     (train_tokenizer, ["--k", "0"], "k is 0"),
     (train_tokenizer, ["--k", "three"], "argument --k: invalid int value: 'three'"),
@@ -777,7 +807,7 @@ def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     (train_tokenizer, ["--dtype", "int8"], "choose float32, bfloat16, float16 or auto"),
     (train_tokenizer, ["--device", "tpu9"], "not usable here"),
     (train_tokenizer, ["--k", "2", "--colour", "red"], "unrecognized arguments: --colour red"),
-    (train_tokenizer, ["--channel-mult", "1,x"], "argument --channel-mult: invalid"),
+    (train_tokenizer, ["--channel-mult", "1,x"], "argument --channel-mult: invalid whole_numbers value: '1,x'"),
     (train_gpt, [], "python train_tokenizer.py"),
     (train_gpt, ["--crops", "3"], "choose 1, 2 or 10"),
     (train_gpt, ["--tokenizer", "README.md"], "README.md cannot be read as a checkpoint"),

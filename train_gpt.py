@@ -9,6 +9,9 @@ $ torchrun --nproc-per-node=8 train_gpt.py --tokenizer out/tokenizer.pt --data i
 import copy
 import hashlib
 import json
+import math
+import random
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fqgan import GPT, GPTConfig, UserError, flag, load_tokenizer
-from train_tokenizer import Run, TrainConfig, cli, load_parts, parse, per_code, pick, reserve, save_grid
+from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, UserError, build, flag, load_tokenizer
+from train_tokenizer import Run, TrainConfig, cli, duration, load_parts, parse, per_code, pick, reserve, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
@@ -58,33 +61,49 @@ class Tokens(torch.utils.data.Dataset):
                    "names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()}
         note = path.with_suffix(".json")
         if run.rank == 0:
-            known = json.loads(note.read_text()) if note.is_file() and path.is_file() else None
+            try:
+                known = json.loads(note.read_text()) if path.is_file() else None
+            except (OSError, ValueError):  # none, or cut off while it was written
+                known = None
             other = [n for n in made_of if known and known.get(n) != made_of[n]]
             if other and not run.overwrite:
                 raise UserError(f"{path} was made with another {' and '.join(other)}: --overwrite encodes again, --out FOLDER leaves it alone")
             if other or not known:
+                note.unlink(missing_ok=True)
                 np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
                 reserve(path)
                 note.write_text(json.dumps(made_of, indent=1))
         if run.world > 1:
             dist.barrier()
-        self.records = np.load(path, mmap_mode="r+")
+        self.path, self.records = path, np.load(path, mmap_mode="r+")
         self.encode(data, tokenizer, crops, run)
+        if not self.records["done"].all():
+            raise UserError(f"{path}: {int((~self.records['done']).sum())} images are not encoded: are all processes writing to one disk?")
+
+    def __getstate__(self):  # a process that loads data maps the file itself
+        return vars(self) | {"records": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, records=np.load(state["path"], mmap_mode="r"))
 
     @torch.no_grad()
     def encode(self, data, tokenizer, crops, run):
-        todo = [i for i in range(run.rank, len(data), run.world) if not self.records["done"][i]]
+        share = np.array_split(np.arange(len(data)), run.world)[run.rank]  # ranks write to stretches of the file of their own
+        todo = [i for i in share.tolist() if not self.records["done"][i]]
         if todo:
             run.say(f"encoding {data.origin}: {len(todo) * run.world} of {len(data)} images x {crops}")
-        views = Views(data, crops)
-        per_batch = max(1, 256 // crops)
-        batches = [todo[i:i + per_batch] for i in range(0, len(todo), per_batch)]
-        for batch, (images, labels) in zip(batches, run.loader(views, batches)):
+        views, began = Views(data, crops), time.time()
+        size = max(1, min(64, run.batch_size // run.world) // crops)
+        batches = [todo[i:i + size] for i in range(0, len(todo), size)]
+        for n, (batch, (images, labels)) in enumerate(zip(batches, run.loader(views, batches))):
             with run.autocast():
                 ids = tokenizer.encode(images.flatten(0, 1).to(run.device)).cpu().numpy()
             self.records["ids"][batch] = ids.reshape(len(batch), crops, *ids.shape[1:])
             self.records["label"][batch] = labels
             self.records["done"][batch] = True
+            if (n + 1) % max(1, len(batches) // 10) == 0 and time.time() > began + 60:
+                self.records.flush()
+                run.say(f"encoded {n + 1} of {len(batches)} batches, {duration((time.time() - began) * (len(batches) / (n + 1) - 1))} left")
         self.records.flush()
         if run.world > 1:
             dist.barrier()
@@ -95,7 +114,7 @@ class Tokens(torch.utils.data.Dataset):
     def __getitem__(self, index):
         index, draw = index if isinstance(index, tuple) else (index, "")
         record = self.records[index]
-        view = int.from_bytes(hashlib.sha256(f"{index} {draw}".encode()).digest()[:4], "little") % len(record["ids"]) if draw else 0
+        view = random.Random(f"{index} {draw}").randrange(len(record["ids"])) if draw else 0
         return torch.from_numpy(record["ids"][view].astype(np.int64)), int(record["label"])
 
 
@@ -145,10 +164,19 @@ def main():
     settings, checkpoint = parse(__doc__, PRESETS, "gpt.pt", "gpt", GPTConfig, TrainConfig, TokenConfig)
     if settings["crops"] not in (1, 2, 10):
         raise UserError(f"--crops {settings['crops']}: choose 1, 2 or 10")
+    if not 0 <= settings["cfg_scale"] < math.inf:
+        raise UserError(f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
     run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
-    tokenizer = load_tokenizer(settings["tokenizer"] or run.path.parent / "tokenizer.pt", run.device)
+    if checkpoint:  # a GPT goes on with the tokenizer whose codes it speaks
+        tokenizer = build(FQGAN, FQGANConfig, checkpoint["tokenizer"], run.path, run.device)
+    else:
+        path = settings["tokenizer"] or run.path.parent / "tokenizer.pt"
+        tokenizer = load_tokenizer(path, run.device)
+        settings["data"] = settings["data"] or tokenizer.trained_on
+        if not settings["data"]:
+            raise UserError(f"{path} does not say what it was trained on: name the images with --data")
     t = tokenizer.config
-    sources = load_parts(run.data, t.image_size)
+    sources = load_parts(settings["data"], t.image_size)
     classes = sources[0].classes
     config = pick(GPTConfig, settings | dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes)))
 
@@ -159,7 +187,7 @@ def main():
                                   lr=run.lr, betas=(0.9, 0.95), fused=True)
     run.track(model=model, ema=ema, optimizer=optimizer)
     run.prepare(sources[0])
-    run.say(f"GPT: {config.n_layer} blocks of width {config.n_embd}, a head of {config.head_layers}, k={config.k} codes of {config.vocab_size} "
+    run.say(f"GPT: {config.n_layer} blocks of width {config.n_embd}, a head of {config.head_layers} block{'s' * (config.head_layers != 1)}, k={config.k} codes of {config.vocab_size} "
             f"at {config.grid}x{config.grid} positions, {config.num_classes} classes, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     tokens, held_out = (Tokens(run.path.parent / f"tokens_{name}.npy", data, tokenizer, crops, run)
                         for name, data, crops in zip(("train", "val"), sources, (settings["crops"], 1)))
@@ -167,7 +195,6 @@ def main():
     run.describe()
     parallel_model = run.parallel(model)
 
-    columns = ["loss", "cross_entropy", "val_loss"] + [f"val_loss_{i + 1}" for i in range(config.k)]
     for _ in run.loop(tokens, [optimizer]):
         for ids, labels in run.micro_batches():
             with run.autocast():
@@ -176,18 +203,20 @@ def main():
             run.record({"cross_entropy": loss})
         run.update((model, optimizer))
         run.average(ema, model)
-        run.log(columns)
+        run.log()
 
         if run.due:
             best = ema or model
-            figures = evaluate(best, held_out, run)
-            run.log(columns, figures)
-            run.say(f"step {run.step}/{run.steps_total}  held out: cross-entropy {figures['val_loss']:.4f} nats a code, of the sub-codebooks "
-                    + " ".join(f"{figures[f'val_loss_{i + 1}']:.3f}" for i in range(config.k)))
-            if run.rank == 0:
-                sample_grid(run.path.parent / "samples.png", best, tokenizer, classes, settings["cfg_scale"], run)
+            if not run.interrupted:  # else there may be seconds left
+                figures = evaluate(best, held_out, run)
+                run.log(figures)
+                run.say(f"step {run.step}/{run.steps_total}  held out: cross-entropy {figures['val_loss']:.4f} nats a code, of the sub-codebooks "
+                        + " ".join(f"{figures[f'val_loss_{i + 1}']:.3f}" for i in range(config.k)))
             run.save(config=asdict(config), classes=classes, tokenizer={"config": asdict(t), "model": tokenizer.state_dict()})
-    run.finish(f"{run.path}, {run.path.parent / 'samples.png'} (look at it), {run.path.parent / 'gpt_log.csv'}", "python sample.py")
+            if run.rank == 0 and not run.interrupted:
+                sample_grid(run.path.parent / "samples.png", best, tokenizer, classes, settings["cfg_scale"], run)
+    run.finish(f"{run.path}, {run.path.parent / 'samples.png'} (look at it), {run.path.parent / 'gpt_log.csv'}",
+               "python sample.py" + (f" --gpt {run.path}" if run.out != "out" else ""))
 
 
 if __name__ == "__main__":

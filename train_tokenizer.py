@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,14 @@ def cli(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+        return
     except UserError as error:  # a data loader's worker sends its whole traceback along: keep the last line
-        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('fqgan.UserError: ')}")
+        end = f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('fqgan.UserError: ')}"
     except OSError as error:  # a full disk, a read-only folder, ...
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        end = f"{Path(sys.argv[0]).name}: {error}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        end = 130
+    sys.exit(end)  # not above: here the failed main() is gone, and with it the processes that loaded its data
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,22 +90,28 @@ def start(device="auto", seed=0):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
     torch.manual_seed(seed)
     return device, rank, world
 
 
-def load_parts(name, image_size):
-    """load_data's training part and held-out part; what is to be downloaded, one process of a machine fetches for all."""
-    wait = dist.is_initialized()
+def one_first(make):
+    """make(), by one process of a machine before the others: what is to be downloaded, it fetches for all."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if wait and not first:
+    if dist.is_initialized() and not first:
         dist.barrier()
-    parts = [load_data(name, image_size, train) for train in (True, False)]
-    if wait and first:
+    made = make()
+    if dist.is_initialized() and first:
         dist.barrier()
-    return parts
+    return made
+
+
+def load_parts(name, image_size):
+    """load_data's training part and held-out part."""
+    def load():
+        return [load_data(name, image_size, train) for train in (True, False)]
+    return load() if Path(name).exists() else one_first(load)
 
 
 def has_fast_bf16(device):
@@ -186,7 +195,7 @@ def usage(counts):
 class TrainConfig:
     """What a training run needs besides its model; the tokenizer's and the GPT's alike."""
 
-    data: str = flag("shapes", "`shapes`, a folder of (class folders of) images, or a torchvision name such as cifar10")
+    data: str = flag("", "`shapes`, a folder of (class folders of) images, or a torchvision name such as cifar10; empty: shapes, or for a GPT what its tokenizer saw")
     out: str = flag("out", "folder for the checkpoint, log.csv and pictures")
     steps: int = flag(0, "optimizer steps; 0: from --epochs")
     epochs: float = flag(40.0, "passes over the data, where --steps is 0")
@@ -196,8 +205,8 @@ class TrainConfig:
     warmup: int = flag(0, "steps over which the learning rate rises from 0")
     final_lr: float = flag(1.0, "share of --lr that a cosine decay ends at; 1 for no decay")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
-    ema: float = flag(0.0, "decay of an exponential moving average of the weights, used where there is one; 0 for none")
-    keep: int = flag(1, "checkpoints kept besides the newest")
+    ema: float = flag(0.0, "decay of an exponential moving average of the weights, evaluated and sampled from in their place; 0 for none")
+    keep: int = flag(1, "whole checkpoints kept besides the newest")
     seed: int = flag(0, "seed of weights, order of data, crops and dropout")
     device: str = flag("auto", "cuda, mps, cpu, ...; auto: the best there is")
     dtype: str = flag("auto", "float32; bfloat16 or float16 (autocast, float16 with a gradient scaler); or auto: bfloat16 where the hardware has it")
@@ -213,7 +222,11 @@ class TrainConfig:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A run may be resumed with other values of these without becoming another run.
-FREE = {"out", "keep", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
+FREE = {"out", "keep", "recompute", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
+
+
+def whole_numbers(text):
+    return tuple(int(n) for n in text.split(",") if n)
 
 
 def parse(doc, presets, filename, kind, *groups):
@@ -232,18 +245,20 @@ def parse(doc, presets, filename, kind, *groups):
         shown = "".join(f"; {p}: {values[name]}" for p, values in presets.items() if values.get(name, f.default) != f.default)
         options = dict(dest=name, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default}{shown})".replace("%", "%%"))
         if f.type is bool:
-            options["action"] = "store_true"
+            options["action"] = argparse.BooleanOptionalAction
         elif f.type in (int, float, str):
             options["type"] = f.type
         else:
-            options["type"] = lambda text: tuple(int(n) for n in text.split(",") if n)
+            options["type"] = whole_numbers
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args())
     preset = presets[given.pop("preset")] if "preset" in given else {}
-    settings = {name: f.default for name, f in every.items()} | (preset or presets[first])
     if given.get("init"):  # shape and loss weights are the checkpoint's
-        settings |= {name: value for name, value in asdict(groups[0](**load_checkpoint(given["init"], kind)["config"])).items() if name in every}
-    settings |= given
+        config = asdict(groups[0](**load_checkpoint(given["init"], kind)["config"]))
+        preset = (preset or presets[first]) | {name: value for name, value in config.items() if name in every and name != "recompute"}
+    if "epochs" in given:
+        preset = (preset or presets[first]) | {"steps": 0}
+    settings = {name: f.default for name, f in every.items()} | (preset or presets[first]) | given
 
     path, checkpoint = Path(settings["out"]) / filename, None
     if settings["resume"]:
@@ -254,13 +269,13 @@ def parse(doc, presets, filename, kind, *groups):
         if changed and not settings["overwrite"]:
             raise UserError(f"{path} was made with " + ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} (now {v})" for n, v in changed.items())
                             + ": leave these out to continue it, add --overwrite to continue with the new values, or choose another --out")
-        settings |= {n: v for n, v in saved.items() if n in every and n not in given and n not in preset}
+        settings |= {n: v for n, v in saved.items() if n in every and n not in given and n not in preset and n != "out"}
         settings |= {n: given.get(n, False) for n in ("resume", "overwrite")}
     elif path.exists() and not settings["overwrite"]:
         raise UserError(f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
     for name, low in dict(steps=0, batch_size=1, accumulate=1, warmup=0, workers=0, log_every=1, eval_every=1, eval_images=1,
                           lr=0, epochs=0, final_lr=0, grad_clip=0, ema=0, seed=0, keep=0).items():
-        require(low <= settings[name] < math.inf, f"--{name.replace('_', '-')} is {settings[name]}; it must be at least {low}")
+        require(low <= settings[name] < math.inf, f"--{name.replace('_', '-')} is {settings[name]}; it must be a finite number of at least {low}")
     if settings["dtype"] not in ("auto", *DTYPES):
         raise UserError(f"--dtype {settings['dtype']}: choose {', '.join(DTYPES)} or auto")
     if settings["ema"] >= 1:
@@ -328,7 +343,7 @@ class Run:
         self.log_path = self.path.parent / log
         self.step, self.steps_total, self.began = 0, self.steps, time.time()
         self.parts, self.parallel_parts, self.window = {}, [], {}
-        self.interrupted, self.fresh_log, self.events, self.skipped = False, True, None, 0
+        self.asked, self.interrupted, self.events, self.skipped, self.columns = False, False, None, 0, []
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
         if self.tensorboard and self.rank == 0:
             try:
@@ -354,8 +369,8 @@ class Run:
                 with explained(f"{self.path}: {name} does not fit"):
                     part.load_state_dict(self.checkpoint[name])
             self.step = self.checkpoint["step"]
-            self.window = {name: value.to(self.device) for name, value in self.checkpoint["window"].items() if self.rank == 0}
-            self.checkpoint = None
+            self.window = {name: value.to(self.device) * (self.rank == 0) for name, value in self.checkpoint["window"].items()}
+            self.checkpoint.clear()
 
     def parallel(self, module):
         """The module as the training step calls it: compiled if asked for, gradients averaged over the ranks."""
@@ -371,7 +386,7 @@ class Run:
 
     def loader(self, data, batches):
         return DataLoader(data, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                          prefetch_factor=4 if self.workers else None)
+                          prefetch_factor=4 if self.workers else None, worker_init_fn=leave_signals_to_main)
 
     def to_device(self, batch):
         return [x.to(self.device, non_blocking=True) for x in batch]
@@ -390,7 +405,7 @@ class Run:
                  + (", compiled" if self.compile else "") + (f", {self.accumulate} micro-batches" if self.accumulate > 1 else ""))
 
     def finish(self, made, following):
-        if self.interrupted:
+        if self.interrupted and self.step < self.steps_total:
             self.say(f"stopped at step {self.step} of {self.steps_total}; all is in {self.path}: --resume goes on from here")
             raise KeyboardInterrupt
         self.say(f"done in {duration(time.time() - self.began)}: {made}\nnext: {following}")
@@ -415,26 +430,28 @@ class Run:
             signal.signal(number, self.interrupt)
         self.batches = iter(self.loader(data, Order(len(data), self)))
         self.first, self.clock = self.step, time.time()
-        while self.step < self.steps_total and not self.interrupted:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate(self.step)
-            # every step has its own random state: nothing to save, nothing that an evaluation could disturb
-            digest = hashlib.sha256(f"{self.seed} {self.step} {self.rank}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:7], "little"))
-            self.step += 1
-            self.losses = {}
-            yield self.step - 1
-            if self.world > 1 and self.step % self.log_every == 0:  # an interrupt may reach one rank before another
-                flag = torch.tensor(int(self.interrupted), device=self.device)
-                dist.all_reduce(flag, dist.ReduceOp.MAX)
-                self.interrupted = bool(flag)
+        try:
+            while self.step < self.steps_total and not self.interrupted:
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.learning_rate(self.step)
+                # every step has its own random state: nothing to save, nothing that an evaluation could disturb
+                digest = hashlib.sha256(f"{self.seed} {self.step} {self.rank}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:7], "little"))
+                asked = torch.tensor(int(self.asked), device=self.device)  # a signal may reach one rank before another
+                if self.world > 1:
+                    dist.all_reduce(asked, dist.ReduceOp.MAX)
+                self.interrupted, self.losses = bool(asked), {}
+                self.step += 1
+                yield self.step - 1
+        finally:
+            self.batches = None  # ends the processes that load data
 
     def interrupt(self, *_):
-        if self.interrupted:
+        if self.asked:
             raise KeyboardInterrupt
-        self.interrupted = True
-        self.say("\nstopping after this step; once more to stop at once")
+        self.asked = True
+        self.say("\nstopping after the next step; once more to stop at once")
 
     def micro_batches(self):
         """This step's batches on the device; ranks exchange gradients in the last one's backward pass only."""
@@ -445,29 +462,31 @@ class Run:
 
     def backward(self, losses):
         """The gradients of losses (name -> scalar, weights included) of a micro-batch, added to those of the step's others."""
-        self.losses |= {name: loss.detach() for name, loss in losses.items()}
+        for name, loss in losses.items():
+            self.losses[name] = self.losses.get(name, 0) + loss.detach()
         self.scaler.scale(sum(losses.values()) / self.accumulate).backward()
 
     def update(self, *pairs):
         """
-        The step of each (module, optimizer); left out, with the name of what is not finite, where a gradient is not. Ten such steps in
-        a row end the run with UserError: the last checkpoint is from before them.
+        The step of each (module, optimizer); left out, with the name of what is not finite, where a gradient is not. After ten such steps
+        in a row (thirty in float16, whose scale has to be found) the run ends with UserError: the last checkpoint is from before them.
         """
         finite = True
         for module, optimizer in pairs:
             self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip or math.inf)
-            if norm.isfinite():  # the same on all ranks
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip or math.inf)  # the same on all ranks
+            if norm.isfinite():
                 self.scaler.step(optimizer)
             finite &= bool(norm.isfinite())
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        bad = [name for name, loss in self.losses.items() if not loss.isfinite()] if not finite else []
-        self.skipped = 0 if finite else self.skipped + (self.dtype != "float16" or bool(bad))  # a scaler also tries scales that are too large
+        self.skipped = 0 if finite else self.skipped + 1
         if not finite:
-            self.say(f"step {self.step} left out: {', '.join(bad) or 'the gradient'} not finite")
-        if self.skipped >= 10:
-            raise UserError(f"10 steps in a row were not finite, step {self.step} the last: try a smaller --lr" + (f"; {self.path} is from before" if self.path.exists() else ""))
+            bad = [name for name, loss in self.losses.items() if not loss.isfinite()]
+            self.say(f"step {self.step} left out: {', '.join(bad) or 'the gradient'} not finite"
+                     + (" (float16's scale is being found)" if self.dtype == "float16" and not bad else ""))
+        if self.skipped >= (30 if self.dtype == "float16" else 10):
+            raise UserError(f"{self.skipped} steps in a row were not finite, step {self.step} the last: try a smaller --lr; the last checkpoint is from before them")
 
     def average(self, ema, module):
         """Moves the moving average towards the module's weights; the decay is smaller in the first steps."""
@@ -502,13 +521,13 @@ class Run:
             dist.all_reduce(self.window[name])
             self.window[name] *= self.rank == 0
 
-    def log(self, columns, figures=None):
+    def log(self, figures=None):
         """
         At the end of a step: every log_every steps the window becomes a progress line and a row of log.csv; `figures`
-        (name -> number), an evaluation's, are written as a row of their own. columns: the names that a row may have.
+        (name -> number), an evaluation's, are written as a row of their own.
         """
         if figures:
-            self.write_row(columns, figures)
+            self.write_row(figures)
         elif self.step % self.log_every == 0 or self.step == self.steps_total:
             self.gather_window()
             counts = self.window.pop("counts", None)
@@ -529,25 +548,26 @@ class Run:
             speed = (self.step - self.first) * self.batch_size / (time.time() - self.clock)
             left = (self.steps_total - self.step) * self.batch_size / speed
             self.say(f"step {self.step}/{self.steps_total}  {text} | {speed:.0f} images/s, {duration(left)} left")
-            self.write_row(columns, row)
+            self.write_row(row)
 
-    def write_row(self, columns, figures):
+    def write_row(self, figures):
         if self.rank:
             return
-        path, columns = self.log_path, ["step", "lr", *columns]
+        row = {"step": str(self.step), "lr": f"{self.learning_rate(self.step - 1):.6g}"} | {n: f"{v:.6g}" for n, v in figures.items()}
         try:
-            if self.fresh_log:  # of an earlier run, keep the rows up to where it is resumed
-                rows = list(csv.DictReader(open(path, newline=""))) if self.resume and path.exists() else []
-                with open(path, "w", newline="") as file:
-                    writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            if row.keys() <= set(self.columns):
+                with open(self.log_path, "a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(row)
+            else:  # the first row of this process, or one with new names: of an earlier run, keep the rows up to where it is resumed
+                rows = list(csv.DictReader(open(self.log_path, newline=""))) if (self.columns or self.resume) and self.log_path.exists() else []
+                rows = [r for r in rows if int(r["step"]) <= (self.step if self.columns else self.first)] + [row]
+                self.columns = list(dict.fromkeys(name for r in rows for name in r if name))
+                with open(self.log_path, "w", newline="") as file:
+                    writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                     writer.writeheader()
-                    writer.writerows(row for row in rows if int(row["step"]) <= self.first)
-                self.fresh_log = False
-            row = {"step": self.step, "lr": f"{self.learning_rate(self.step - 1):.6g}"} | {n: f"{v:.6g}" for n, v in figures.items()}
-            with open(path, "a", newline="") as file:
-                csv.DictWriter(file, columns).writerow(row)
+                    writer.writerows(rows)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+            raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
         if self.events is not None:
             for name, value in figures.items():
                 self.events.add_scalar(name, value, self.step)
@@ -558,6 +578,12 @@ class Run:
         if self.rank == 0:
             save_checkpoint(self.path, keep=self.keep, contents=extra | {"kind": self.kind, "settings": self.settings, "step": self.step, "window": self.window}
                             | {name: part.state_dict() for name, part in self.parts.items()})
+
+
+def leave_signals_to_main(_):
+    """In a process that loads data, of the group that gets a signal: it works on while the main one finishes its step, for 20 s at most."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20) if hasattr(signal, "alarm") else None)
 
 
 def fixed_draw(data):
@@ -582,7 +608,7 @@ class StartConfig:
     teachers: str = flag("paper", "frozen models that supervise the last sub-codebooks, with commas between: " + ", ".join(TEACHERS) + ", or files, see "
                          "load_teacher; none; or paper: clip_vitl14 for k=2, dinov2_vits14,clip_vitb16 for k of 3 and more")
     global_negatives: bool = flag(False, "the representation loss takes its negatives from all processes, not from a process's own batch")
-    init: str = flag("", "a checkpoint, ours or a published one: the run starts from its weights, shape and loss weights")
+    init: str = flag("", "a checkpoint, ours or a published one: the run starts from its weights, shape and loss weights; all else is the preset's")
 
 
 PAPER_TEACHERS = {1: [], 2: ["clip_vitl14"]}  # and for any k above
@@ -594,7 +620,7 @@ def features_of(images, teachers, run, every_rank):
     process, or with every_rank of all.
     """
     with torch.no_grad(), run.autocast():
-        features = [teacher(images).float() for teacher in teachers]
+        features = [teacher(images).float().contiguous() for teacher in teachers]
     if not every_rank or run.world == 1:
         return features, 0
     gathered = [[torch.empty_like(f) for _ in range(run.world)] for f in features]
@@ -610,10 +636,11 @@ def width_of(teacher, name, size, device):
 
 
 def start_from(model, path):
-    """Loads a checkpoint's weights; feature heads may be lacking on either side."""
-    state = load_checkpoint(path, "tokenizer")
+    """Loads a checkpoint's weights; a feature head that is lacking, or of another teacher, starts anew."""
+    state, own = load_checkpoint(path, "tokenizer"), model.state_dict()
+    weights = {n: t for n, t in (state.get("ema") or state["model"]).items() if ".head." not in n or n in own and own[n].shape == t.shape}
     with explained(f"--init {path}: does not fit the model that the flags describe"):
-        missing, unexpected = model.load_state_dict(state.get("ema") or state["model"], strict=False)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
         others = [n for n in missing + unexpected if ".head." not in n]
         require(not others, f"--init {path}: does not fit the model that the flags describe ({len(others)} weights such as {others[:1]})")
 
@@ -658,10 +685,11 @@ def main():
     config = pick(FQGANConfig, settings)
     if config.disc_weight and config.image_size < 24:
         raise UserError(f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
+    settings["data"] = settings["data"] or "shapes"
     run = Run(settings, checkpoint, "tokenizer.pt", "tokenizer")
-    teachers = [load_teacher(name).to(run.device) for name in names]
+    teachers = one_first(lambda: [load_teacher(name).to(run.device) for name in names])
     config = replace(config, teacher_widths=tuple(width_of(t, name, config.image_size, run.device) for t, name in zip(teachers, names)))
-    lpips = LPIPS().to(run.device) if config.perceptual_weight else None
+    lpips = one_first(LPIPS).to(run.device) if config.perceptual_weight else None
     train_data, held_out = load_parts(run.data, config.image_size)
 
     model = FQGAN(config).to(run.device)
@@ -682,12 +710,10 @@ def main():
     terms = {  # name: why it is off, if it is
         "reconstruct": "", "codebook": "", "commit": "" if config.commit_weight else zero, "entropy": "" if config.entropy_weight else zero,
         "disentangle": "there is one sub-codebook" if config.k == 1 else "" if config.disentangle_weight else zero,
-        f"adversarial from step {config.disc_start}": zero if not disc else "" if config.disc_start < run.steps_total else "the run ends before",
+        f"adversarial from step {config.disc_start}" if disc else "adversarial": zero if not disc else "" if config.disc_start < run.steps_total else "the run ends before",
         "perceptual": "" if lpips else zero, f"representation by {', '.join(names)}" if names else "representation": "" if names else "no --teachers"}
     run.say(f"losses on: {', '.join(n for n, why in terms.items() if not why)}; off: {', '.join(f'{n} ({why})' for n, why in terms.items() if why)}")
 
-    columns = ["loss", "reconstruct", "perceptual", "codebook", "commit", "entropy", "disentangle", "representation", "adversarial", "discriminator"]
-    columns += [f"{prefix}{name}_{i + 1}" for prefix in ("", "val_") for name in ("usage", "perplexity") for i in range(config.k)] + ["val_psnr"]
     for step in run.loop(train_data, [o for o in (optimizer, disc_optimizer) if o]):
         adversarial = disc is not None and step >= config.disc_start
         for images, _ in run.micro_batches():
@@ -709,20 +735,22 @@ def main():
             run.record(losses, model.take_counts())
         run.update(*[(model, optimizer), (disc, disc_optimizer)][:1 + adversarial])
         run.average(ema, model)
-        run.log(columns)
+        run.log()
 
         if run.due:
             best = ema or model
-            figures = evaluate(best, held_out, run)
-            run.log(columns, figures)
-            run.say(f"step {run.step}/{run.steps_total}  held out: PSNR {figures['val_psnr']:.2f} dB, codes used "
-                    + " ".join(f"{100 * figures[f'val_usage_{i + 1}']:.1f}" for i in range(config.k)) + " %, perplexity "
-                    + " ".join(f"{figures[f'val_perplexity_{i + 1}']:.0f}" for i in range(config.k)))
-            if run.rank == 0:
+            if not run.interrupted:  # else there may be seconds left
+                figures = evaluate(best, held_out, run)
+                run.log(figures)
+                run.say(f"step {run.step}/{run.steps_total}  held out: PSNR {figures['val_psnr']:.2f} dB, codes used "
+                        + " ".join(f"{100 * figures[f'val_usage_{i + 1}']:.1f}" for i in range(config.k)) + " %, perplexity "
+                        + " ".join(f"{figures[f'val_perplexity_{i + 1}']:.0f}" for i in range(config.k)))
+            run.save(config=asdict(config))
+            if run.rank == 0 and not run.interrupted:
                 images = torch.stack([held_out[i][0] for i in fixed_draw(held_out)[:10]]).to(run.device)
                 save_grid(run.path.parent / "recon.png", reconstruction_rows(best, images))
-            run.save(config=asdict(config))
-    run.finish(f"{run.path}, {run.path.parent / 'recon.png'} (look at it), {run.path.parent / 'log.csv'}", "python train_gpt.py")
+    run.finish(f"{run.path}, {run.path.parent / 'recon.png'} (look at it), {run.path.parent / 'log.csv'}",
+               "python train_gpt.py" + (f" --out {run.out}" if run.out != "out" else ""))
 
 
 if __name__ == "__main__":
