@@ -308,7 +308,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def digest(self):
         """Of the names, sizes and times of the files, and the pixels of a few images."""
-        files = [(str(p.relative_to(self.place.parent) if p.is_relative_to(self.place.parent) else p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        files = [(os.path.relpath(p, self.place.parent), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
         digest = hashlib.sha256(f"{len(self)} {files or self.name}".encode(errors="surrogateescape"))
         for i in range(min(8, len(self))):
             digest.update(self.images[i][0].numpy().tobytes())

@@ -214,7 +214,8 @@ class Folder:
     def __init__(self, path):
         require(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
         self.folders = self.class_folders(path)
-        found = [(p, label) for label, folder in enumerate(self.folders) for p in sorted(folder.rglob("*"))] if self.folders else [(p, 0) for p in sorted(path.iterdir())]
+        found = [(p, label) for label, folder in enumerate(self.folders) for p in sorted(folder.rglob("*"))]
+        found = found if self.folders else [(p, 0) for p in sorted(path.iterdir())]
         self.samples = [(p, label) for p, label in found if p.suffix.lower() in self.suffixes and not p.name.startswith(".") and p.is_file()]
         self.classes = [p.name for p in self.folders or [path]]
         require(self.samples, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
@@ -419,7 +420,8 @@ class FQGANConfig:
         self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
         require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
         require(len(self.channel_mult) == levels,
-                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; downsample {self.downsample} with patch_size {self.patch_size} has {levels}")
+                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; "
+                f"downsample {self.downsample} with patch_size {self.patch_size} has {levels}")
         require(all(m > 0 and self.channels * m % self.norm_groups == 0 for m in (1, *self.channel_mult)),
                 f"channels {self.channels} x {self.channel_mult} must be multiples of norm_groups {self.norm_groups}")
         require(self.adapter_depth == 0 or self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
@@ -1217,7 +1219,8 @@ def published_tokenizer(state):
 
     k, levels, channels = count(state, r"branches\.(\d+)"), count(state, r"encoder\.levels\.(\d+)"), len(state["encoder.conv_in.weight"])
     config = dict(
-        k=k, downsample=2 ** (levels - 1), channels=channels, z_channels=len(state["post_quant_conv.weight"]), res_blocks=count(state, r"encoder\.levels\.0\.res\.(\d+)"),
+        k=k, downsample=2 ** (levels - 1), channels=channels, z_channels=len(state["post_quant_conv.weight"]),
+        res_blocks=count(state, r"encoder\.levels\.0\.res\.(\d+)"),
         channel_mult=tuple(len(state[f"encoder.levels.{i}.res.0.conv1.weight"]) // channels for i in range(levels)),
         adapter_depth=count(state, r"branches\.0\.adapter\.blocks\.(\d+)"),
         teacher_widths=tuple(state[n].shape[1] for n in (f"branches.{i}.head.positions" for i in range(k)) if n in state))

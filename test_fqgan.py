@@ -1149,6 +1149,7 @@ def test_representation_loss_is_infonce():
     assert fqgan.representation_loss(predicted[:1], features[:1]) == 0, "a batch of one has nothing to tell apart"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which OpenAI's files need
 def test_clip_teacher(tmp_path):
     """A made-up CLIP archive and state dict, run by the format's description."""
     torch.manual_seed(0)
@@ -1237,6 +1238,7 @@ class Own(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which OpenAI's files need
 def test_a_teacher_of_ones_own(tmp_path, capsys):
     """TorchScript and torch.export; the loss is on, said, and only in the supervised sub-codebook; heads go where the teacher goes."""
     torch.jit.save(torch.jit.script(Own()), tmp_path / "own.pt")
@@ -1258,6 +1260,7 @@ def test_a_teacher_of_ones_own(tmp_path, capsys):
             call(train_tokenizer, "--out", tmp_path / "other", *TINY_RUN, *argv)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which OpenAI's files need
 def test_global_negatives_on_two_ranks_are_one_process(tmp_path):
     torch.jit.save(torch.jit.script(Own()), tmp_path / "own.pt")
     flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0, "--teachers", tmp_path / "own.pt", "--global-negatives", "--steps", 2]

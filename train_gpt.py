@@ -187,7 +187,7 @@ def main():
                                   lr=run.lr, betas=(0.9, 0.95), fused=True)
     run.track(model=model, ema=ema, optimizer=optimizer)
     run.prepare(sources[0])
-    run.say(f"GPT: {config.n_layer} blocks of width {config.n_embd}, a head of {config.head_layers} block{'s' * (config.head_layers != 1)}, k={config.k} codes of {config.vocab_size} "
+    run.say(f"GPT: {config.n_layer} blocks of width {config.n_embd}, {config.head_layers} in the head, k={config.k} codes of {config.vocab_size} "
             f"at {config.grid}x{config.grid} positions, {config.num_classes} classes, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     tokens, held_out = (Tokens(run.path.parent / f"tokens_{name}.npy", data, tokenizer, crops, run)
                         for name, data, crops in zip(("train", "val"), sources, (settings["crops"], 1)))

@@ -35,7 +35,8 @@ from fqgan import (LPIPS, TEACHERS, FQGAN, Discriminator, FQGANConfig, UserError
 PRESETS = {
     "tiny": dict(image_size=32, downsample=4, patch_size=2, channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
                  codebook_size=256, adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
-                 disc_weight=0.0, perceptual_weight=0.0, teachers="none", steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=800),
+                 disc_weight=0.0, perceptual_weight=0.0, teachers="none",
+                 steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=800),
     "fqgan-ds16": dict(downsample=16, recompute=True),
     "fqgan-ds8": dict(downsample=8, recompute=True),
 }
@@ -195,7 +196,8 @@ def usage(counts):
 class TrainConfig:
     """What a training run needs besides its model; the tokenizer's and the GPT's alike."""
 
-    data: str = flag("", "`shapes`, a folder of (class folders of) images, or a torchvision name such as cifar10; empty: shapes, or for a GPT what its tokenizer saw")
+    data: str = flag("", "`shapes`, a folder of (class folders of) images, or a torchvision name such as cifar10; "
+                     "empty: shapes, or for a GPT what its tokenizer saw")
     out: str = flag("out", "folder for the checkpoint, log.csv and pictures")
     steps: int = flag(0, "optimizer steps; 0: from --epochs")
     epochs: float = flag(40.0, "passes over the data, where --steps is 0")
@@ -486,7 +488,8 @@ class Run:
             self.say(f"step {self.step} left out: {', '.join(bad) or 'the gradient'} not finite"
                      + (" (float16's scale is being found)" if self.dtype == "float16" and not bad else ""))
         if self.skipped >= (30 if self.dtype == "float16" else 10):
-            raise UserError(f"{self.skipped} steps in a row were not finite, step {self.step} the last: try a smaller --lr; the last checkpoint is from before them")
+            raise UserError(f"{self.skipped} steps in a row were not finite, step {self.step} the last: try a smaller --lr; "
+                            "the last checkpoint is from before them")
 
     def average(self, ema, module):
         """Moves the moving average towards the module's weights; the decay is smaller in the first steps."""
@@ -710,7 +713,8 @@ def main():
     terms = {  # name: why it is off, if it is
         "reconstruct": "", "codebook": "", "commit": "" if config.commit_weight else zero, "entropy": "" if config.entropy_weight else zero,
         "disentangle": "there is one sub-codebook" if config.k == 1 else "" if config.disentangle_weight else zero,
-        f"adversarial from step {config.disc_start}" if disc else "adversarial": zero if not disc else "" if config.disc_start < run.steps_total else "the run ends before",
+        f"adversarial from step {config.disc_start}" if disc else "adversarial":
+            zero if not disc else "" if config.disc_start < run.steps_total else "the run ends before",
         "perceptual": "" if lpips else zero, f"representation by {', '.join(names)}" if names else "representation": "" if names else "no --teachers"}
     run.say(f"losses on: {', '.join(n for n, why in terms.items() if not why)}; off: {', '.join(f'{n} ({why})' for n, why in terms.items() if why)}")
 
