@@ -702,17 +702,18 @@ class FQGAN(nn.Module):
         self.branches = nn.ModuleList(Branch(c, config, width) for width in widths)
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
         self.decoder = decoder(config)
-        self.apply(self.initialize)
+        self.initialize()
 
-    @staticmethod
-    def initialize(module):
+    def initialize(self):
         """
         linear layers  N(0, 0.02), biases 0        positions  N(0, 1/sqrt(width))
         convolutions   PyTorch's own               codes      uniform, then unit length
+        stems          PyTorch's own: smaller, they would drown in the positions
         """
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and "stem" not in name:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def vectors(self, images):
         """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
