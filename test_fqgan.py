@@ -1698,7 +1698,7 @@ def speed(name=None, way=None):
 
 
 # -----------------------------------------------------------------------------
-# Faults: `python test_fqgan.py faults`, about ten minutes: what the quick tests do once, many times, seeded
+# Faults: `python test_fqgan.py faults`: what the quick tests do once, many times, seeded
 
 
 def damaged(data, rng):
