@@ -32,8 +32,8 @@ import torchvision
 from PIL import Image
 
 from fqgan import LPIPS, Folder, UserError, fetch, load_tokenizer, read_weights, to_uint8, upright_rgb
-from sample import add_knobs, generate, load_generator
-from train_tokenizer import Parser, cli, duration, fixed_draw, load_parts, per_code, psnr, reconstruction_rows, save_grid, start, usage
+from sample import generate, load_generator, parse_knobs, stamp
+from train_tokenizer import Parser, cli, data_name, duration, fixed_draw, load_parts, per_code, psnr, reconstruction_rows, save_grid, start, usage
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -289,11 +289,11 @@ class DataImages:
 class ImageSet(torch.utils.data.Dataset):
     """
     Items are (number, image, label). `files` hold all that makes the set what it is, else its name does; `place` is where its statistics
-    are kept, less an ending; `statistics`: (mu, sigma), where a file brings its own.
+    are kept, less an ending; `statistics`: mu and sigma, where a file brings its own.
     """
 
-    def __init__(self, name, images, files, place, statistics=None):
-        self.name, self.images, self.files, self.place, self.statistics = name, images, files, place, statistics
+    def __init__(self, name, images, files, place, statistics=()):
+        self.name, self.images, self.files, self.place, self.statistics = name, images, files, place, dict(statistics)
 
     def __len__(self):
         return len(self.images)
@@ -308,7 +308,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     def digest(self):
         """Of the names, sizes and times of the files, and the pixels of a few images."""
-        files = [(os.path.relpath(p, self.place.parent), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        files = [(os.path.relpath(p, self.place.parent), stamp(p)) for p in self.files]
         digest = hashlib.sha256(f"{len(self)} {files or self.name}".encode(errors="surrogateescape"))
         for i in range(min(8, len(self))):
             digest.update(self.images[i][0].numpy().tobytes())
@@ -331,12 +331,12 @@ def open_set(path):
     if not path.is_file() or path.suffix != ".npz":
         raise UserError(f"{path}: " + ("no such file or folder" if not path.exists() else
                                        "give a folder of images, or an .npz of images (arr_0) or statistics (mu, sigma)"))
-    array, statistics = np.empty((0, 1, 1, 3), np.uint8), None
+    array, statistics = np.empty((0, 1, 1, 3), np.uint8), {}
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = sorted(file.files)
             if {"mu", "sigma"} <= set(keys):
-                statistics = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+                statistics = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
             elif "arr_0" not in keys:
                 raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; expected arr_0 (images), or mu and sigma (statistics)")
         if "arr_0" in keys:
@@ -347,8 +347,8 @@ def open_set(path):
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from None
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, height, width, 3)")
-    if statistics and (statistics[0].ndim != 1 or statistics[1].shape != statistics[0].shape * 2):
-        raise UserError(f"{path}: mu is {statistics[0].shape} and sigma {statistics[1].shape}; expected (D,) and (D, D)")
+    if statistics and (statistics["mu"].ndim != 1 or statistics["sigma"].shape != statistics["mu"].shape * 2):
+        raise UserError(f"{path}: mu is {statistics['mu'].shape} and sigma {statistics['sigma'].shape}; expected (D,) and (D, D)")
     if not len(array) and not statistics:
         raise UserError(f"{path} holds no images")
     return ImageSet(f"{path} ({len(array)} images)" if len(array) else str(path), ArrayImages(array), [path], path.resolve(), statistics)
@@ -449,7 +449,7 @@ def reference(images, network, options, every=0):
         if not agree(bool(known))[0]:
             known = features_of(images, network, options, every)
             keep_for_next_time(path, known) if path else None
-    return known | (dict(zip(("mu", "sigma"), images.statistics)) if images.statistics else {})
+    return known | images.statistics
 
 
 def keep_for_next_time(path, known):
@@ -487,13 +487,13 @@ def attempt(make, named, missing, *figures):
 
 def codes_of(images, tokenizer, options, what, use=lambda *_: ()):
     """
-    An ImageSet -> [labels (n), ids (n,k,h,w), ...], and what `use` makes of (numbers, images uint8, ids), tensors of a number an image; on
-    rank 0, nothing on the others.
+    An ImageSet -> [labels (n), ids (n,k,h,w), ...], and what `use` makes of (numbers, images in [-1,1], ids), tensors of a number an image;
+    on rank 0, nothing on the others.
     """
     parts, kind = [], torch.int16 if tokenizer.config.codebook_size <= 2**15 else torch.int32
     for numbers, batch, labels in progress(images.batches(options.batch_size), what, len(images)):
-        batch = batch.to(options.device)
-        ids = tokenizer.encode(from_uint8(batch))
+        batch = from_uint8(batch.to(options.device))
+        ids = tokenizer.encode(batch)
         parts.append((numbers.clone(), labels.clone(), ids.to(kind).cpu(), *use(numbers, batch, ids)))  # a worker's tensors hold open files
     return in_order(parts)
 
@@ -508,7 +508,7 @@ def reconstruction(options, missing):
     path = Path(options.tokenizer)
     tokenizer = load_tokenizer(path, options.device)
     c, rng = tokenizer.config, np.random.default_rng(0)
-    train, held_out = load_parts(data_name(options, tokenizer, path), c.image_size)
+    train, held_out = load_parts(data_name(options.data, tokenizer, path), c.image_size)
     images = part_of(held_out, fixed_draw(held_out)[:options.n])
     say(f"{path}: k={c.k} sub-codebooks of {c.codebook_size} codes; {images.name}")
     metrics, network = {"psnr": psnr, "ssim": ssim}, None
@@ -530,7 +530,8 @@ def reconstruction(options, missing):
         painted = to_uint8(tokenizer.decode(ids))
         if fakes:
             fakes.add(numbers, painted)
-        return [metric(from_uint8(batch), from_uint8(painted)).cpu().double() for metric in metrics.values()]
+        painted = from_uint8(painted)
+        return [metric(batch, painted).cpu().double() for metric in metrics.values()]
 
     labels, ids, *scores = codes_of(images, tokenizer, options, "reconstructing", compare) or [None] * 2
     fake = fakes.finish() if fakes else {}
@@ -579,13 +580,13 @@ def generation(options, missing):
     if options.real:
         reals = open_set(options.real)
     else:
-        data = load_parts(data_name(options, gpt, path), gpt.config.grid * tokenizer.config.downsample)[0]
+        data = load_parts(data_name(options.data, gpt, path), gpt.config.grid * tokenizer.config.downsample)[0]
         reals = part_of(data, fixed_draw(data))
     say(f"{name} against {reals.name}")
     figures = {}
     if fakes is not None and fakes.statistics and not len(fakes) and reals.statistics:  # nothing that a network would be needed for
         missing |= {n: "these are statistics, no images" for n in ("inception_score", "inception_score_deviation", "precision", "recall")}
-        return {"fid": frechet_distance(*reals.statistics, *fakes.statistics)}
+        return {"fid": frechet_distance(*reals.statistics.values(), *fakes.statistics.values())}
     network = attempt(lambda: Inception(options.inception).to(options.device), options.inception, missing,
                       "fid", "inception_score", "inception_score_deviation", "precision", "recall")
 
@@ -596,7 +597,7 @@ def generation(options, missing):
     if fakes is not None:
         shown = first_of(fakes) if len(fakes) else None
         fake = features_of(fakes, network, options, every=1) if network and len(fakes) else {}
-        fake |= dict(zip(("mu", "sigma"), fakes.statistics)) if fakes.statistics else {}
+        fake |= fakes.statistics
     else:
         labels, features, shown = labels if network else labels[:10], Features(network, every=1), []
         for numbers, painted in progress(generate(gpt, tokenizer, labels, shares(len(labels), options.batch_size), options), "sampling", len(labels)):
@@ -648,12 +649,6 @@ def draw(options, path, rows):
         say(f"no picture: {path} cannot be written ({error})")
 
 
-def data_name(options, model, path):
-    if not (options.data or model.trained_on):
-        raise UserError(f"{path} does not say what it was trained on: name the images with --data")
-    return options.data or model.trained_on
-
-
 # -----------------------------------------------------------------------------
 # Report
 
@@ -694,12 +689,9 @@ def main():
     add("--inception", metavar="FILE", help="the FID network's weights (default: fetched once)")
     add("--vgg", metavar="FILE", help="VGG-16's weights, for LPIPS (default: fetched once)")
     add("--lpips", metavar="FILE", help="the weights of LPIPS v0.1's linear layers (default: fetched once)")
-    add_knobs(parser)
-    options = parser.parse_args()
+    options = parse_knobs(parser)
     if bool(options.fake) and not options.real or options.real and not (options.fake or options.gpt) or options.fake and options.gpt:
         raise UserError("--real and --fake go together, or --real with --gpt")
-    if options.n is not None and options.n < 1 or options.batch_size < 1:
-        raise UserError("--n and --batch-size must be at least 1")
     if options.fake and (options.n or options.data or options.tokenizer):
         raise UserError("--n, --data and --tokenizer say nothing of --real and --fake, which are taken whole")
     if options.out and Path(options.out).suffix.lower() not in Folder.suffixes:

@@ -29,8 +29,8 @@ def numbers(kind):
     return read
 
 
-def add_knobs(parser):
-    """The flags of all scripts that sample."""
+def parse_knobs(parser):
+    """The command line of a script that samples: the parser's own flags, --n among them, and those of sampling."""
     add = parser.add_argument
     add("--cfg-scale", type=numbers(float), default=1.5, help="guidance; 1 for none (default: %(default)s)")
     add("--temperature", type=numbers(float), default=1.0, help="below 1 likelier codes, 0 the likeliest (default: %(default)s)")
@@ -40,6 +40,10 @@ def add_knobs(parser):
     add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of sampling; auto: bfloat16 where the hardware has it (default: %(default)s)")
+    args = parser.parse_args()
+    if args.n is not None and args.n < 1 or args.batch_size < 1:
+        raise UserError("--n and --batch-size must be at least 1")
+    return args
 
 
 def flags():
@@ -52,8 +56,7 @@ def flags():
         "takes --n for one of its own flags, write --count")
     add("--out", help="a .png for a grid, or a folder for one file an image (default: samples.png beside the GPT)")
     add("--npz", metavar="FILE", help="pack the images into one .npz as ADM's (arr_0, uint8 NHWC); they are kept in the folder of its name")
-    add_knobs(parser)
-    return parser.parse_args()
+    return parse_knobs(parser)
 
 
 def pick_classes(text, names):
@@ -102,8 +105,6 @@ def generate(gpt, tokenizer, labels, batches, args):
 
 def main():
     args = flags()
-    if args.n is not None and args.n < 1 or args.batch_size < 1:
-        raise UserError("--n and --batch-size must be at least 1")
     if args.npz and Path(args.npz).suffix != ".npz":
         raise UserError(f"--npz {args.npz}: give a name that ends in .npz")
     device, rank, world = start(args.device, args.seed)

@@ -13,7 +13,6 @@ import math
 import random
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, UserError, build, flag, load_tokenizer
-from train_tokenizer import Run, TrainConfig, cli, duration, load_parts, parse, per_code, pick, reserve, save_grid
+from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, reserve, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
@@ -172,9 +171,7 @@ def main():
     else:
         path = settings["tokenizer"] or run.path.parent / "tokenizer.pt"
         tokenizer = load_tokenizer(path, run.device)
-        settings["data"] = settings["data"] or tokenizer.trained_on
-        if not settings["data"]:
-            raise UserError(f"{path} does not say what it was trained on: name the images with --data")
+        settings["data"] = data_name(settings["data"], tokenizer, path)
     t = tokenizer.config
     sources = load_parts(settings["data"], t.image_size)
     classes = sources[0].classes

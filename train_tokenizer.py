@@ -115,6 +115,12 @@ def load_parts(name, image_size):
     return load() if Path(name).exists() else one_first(load)
 
 
+def data_name(given, model, path):
+    """The --data that is given, or what the loaded model at `path` was trained on."""
+    require(given or model.trained_on, f"{path} does not say what it was trained on: name the images with --data")
+    return given or model.trained_on
+
+
 def has_fast_bf16(device):
     """Whether bfloat16 is computed in hardware: on CPUs without it, emulation is several times slower than float32."""
     if device.type == "cuda":
