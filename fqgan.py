@@ -307,9 +307,8 @@ class Attention(nn.Module):
         adds its own.
         """
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, e) each
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        (q, k), v = qkv[:2] if rotary is None else rotate(qkv[:2], rotary), qkv[2]  # (B, heads, T, e) each
         if cache is not None:
             cache[0, :, :, at:at + T], cache[1, :, :, at:at + T] = k, v
             k, v = cache[:, :, :, :at + T]
@@ -482,8 +481,17 @@ def downsample(c):
     return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))  # at right and bottom only, as VQGAN
 
 
-def upsample(c):
-    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1)))
+class Upsample(nn.Module):
+    """Every pixel doubled along both sides, then a 3x3 convolution: as one transposed convolution, 4/9 of the multiplications."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        weight = self.conv.weight.transpose(0, 1).flip(2, 3)
+        kernel = sum(F.pad(weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # 4x4: weights that meet the same pixel, added
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -524,7 +532,7 @@ def decoder(config):
     return nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(config.z_channels, widths[0], 3, padding=1),
         mid=middle(widths[0], config),
-        levels=nn.Sequential(*(Level(c_in, c_out, config.res_blocks + 1, i == 0, nn.Identity if i == last else upsample, config)
+        levels=nn.Sequential(*(Level(c_in, c_out, config.res_blocks + 1, i == 0, nn.Identity if i == last else Upsample, config)
                                for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths)))),
         norm_out=group_norm(widths[-1], config),
         swish=nn.SiLU(),
@@ -555,13 +563,17 @@ class Quantizer(nn.Module):
         """ids (B,h,w) -> unit vectors (B,d,h,w)"""
         return F.normalize(F.embedding(ids, self.codebook.float()), dim=-1).permute(0, 3, 1, 2)
 
+    def on_the_sphere(self, z):
+        """z (B,d,h,w) of any length -> (z of unit length, its vectors (n,d), the codes (V,d))"""
+        z = F.normalize(z.float(), dim=1)
+        return z, z.permute(0, 2, 3, 1).flatten(0, 2), F.normalize(self.codebook.float(), dim=-1)
+
     @torch.no_grad()
     def nearest(self, z):
         """z (B,d,h,w) of any length -> ids (B,h,w)"""
         with torch.autocast(z.device.type, enabled=False):
-            flat = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
-            codes = F.normalize(self.codebook.float(), dim=-1)
-            ids = torch.cat([(rows @ codes.T).argmax(1) for rows in flat.split(at_once(codes))])
+            _, vectors, codes = self.on_the_sphere(z)
+            ids = torch.cat([(rows @ codes.T).argmax(1) for rows in vectors.split(at_once(codes))])
         return ids.view(z.shape[0], *z.shape[2:])
 
     def forward(self, z):
@@ -571,69 +583,74 @@ class Quantizer(nn.Module):
         losses, each with its weight in it: `codebook` moves the codes to the vectors, `commit` the vectors to the
         codes, `entropy` sharpens each choice while it spreads the choices over the codebook.
         """
-        ids = self.nearest(z)
-        if self.training:
-            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1)
-            codes = F.normalize(self.codebook.float(), dim=-1)
-            flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (n, d)
+            z, vectors, codes = self.on_the_sphere(z)
+            entropy, ids = entropy_loss(vectors, codes, self.temperature) if self.entropy_weight else (z.new_zeros(()), self.nearest(z))
+            ids = ids.view(z.shape[0], *z.shape[2:])
             z_q = codes[ids].permute(0, 3, 1, 2)
             losses = {
                 "codebook": F.mse_loss(z_q, z.detach()),
                 "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),
-                "entropy": self.entropy_weight * entropy_loss(flat, codes, self.temperature) if self.entropy_weight else z.new_zeros(()),
+                "entropy": self.entropy_weight * entropy,
             }
-            return z + (z_q - z).detach(), ids, losses  # straight-through: the value of z_q, the gradient of z
+        if self.training:
+            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+        return z + (z_q - z).detach(), ids, losses  # straight-through: the value of z_q, the gradient of z
 
 
 def at_once(codes):
     """How many vectors are compared with all codes (V,d) at a time: the (rows, V) matrix fits a CPU's cache, or takes 256 MB of a GPU."""
-    return max(1, (2**20 if codes.device.type == "cpu" else 2**26) // len(codes))
+    return max(1, (2**18 if codes.device.type == "cpu" else 2**26) // len(codes))
 
 
 class Entropy(torch.autograd.Function):
     """entropy_loss, with its own backward pass: the (n, V) assignments exist a few rows at a time and are computed again for it."""
 
     @staticmethod
-    def parts(z, codes, temperature):
-        """Yields, some rows of z at a time, (the rows (r,d), logits (r,V), p = softmax(logits), logsumexp(logits) (r,1))."""
+    def parts(z, codes, temperature, results):
+        """
+        Yields, some rows of z at a time: the rows (r,d), these of `results` (n,...), logits (r,V), p = softmax(logits), logsumexp(logits) (r,1),
+        each row's largest logit (r,1).
+        """
         scaled = codes.T * (2 / temperature)  # |z - code|^2 = 2 - 2 cosine
-        for rows in z.split(at_once(codes)):
+        for rows, result in zip(z.split(at_once(codes)), results.split(at_once(codes))):
             logits = rows @ scaled
             p, (top, at) = logits.softmax(1), logits.max(1, keepdim=True)
-            yield rows, logits, p, top - p.gather(1, at).log()  # logsumexp without a second exp
+            yield rows, result, logits, p, top - p.gather(1, at).log(), at  # logsumexp without a second exp
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
-        entropy, total = 0, 0
-        for _, logits, p, log_sum in Entropy.parts(z, codes, temperature):
+        entropy, total, ids = 0, 0, torch.empty(len(z), dtype=torch.long, device=z.device)
+        for _, found, logits, p, log_sum, at in Entropy.parts(z, codes, temperature, ids):
             entropy = entropy + (log_sum.squeeze(1) - torch.linalg.vecdot(p, logits)).sum()
             total = total + p.sum(0)
+            found.copy_(at.squeeze(1))
         mean = total / len(z)
         ctx.save_for_backward(z, codes, mean)
+        ctx.mark_non_differentiable(ids)
         ctx.temperature = temperature
-        return entropy / len(z) + (mean * (mean + 1e-5).log()).sum()
+        return entropy / len(z) + (mean * (mean + 1e-5).log()).sum(), ids
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient, _):
         z, codes, mean = ctx.saved_tensors
         of_mean = (mean + 1e-5).log() + mean / (mean + 1e-5)
-        gradient_z, gradient_codes = [], torch.zeros_like(codes)
-        for rows, logits, p, log_sum in Entropy.parts(z, codes, ctx.temperature):
-            slope = logits.neg_().add_(of_mean).add_(log_sum)  # of_mean - log p, the derivative by p but for a constant
-            slope = slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
-            gradient_z.append(slope @ codes)
-            gradient_codes += slope.T @ rows
+        gradient_z, gradient_codes = torch.empty_like(z), torch.zeros_like(codes)
+        with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
+            for rows, its_gradient, logits, p, log_sum, _ in Entropy.parts(z, codes, ctx.temperature, gradient_z):
+                slope = logits.neg_().add_(of_mean).add_(log_sum)  # of_mean - log p, the derivative by p but for a constant
+                slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
+                torch.mm(slope, codes, out=its_gradient)
+                gradient_codes.addmm_(slope.T, rows)
         scale = gradient * 2 / (ctx.temperature * len(z))
-        return torch.cat(gradient_z) * scale, gradient_codes * scale, None
+        return gradient_z * scale, gradient_codes * scale, None
 
 
 def entropy_loss(z, codes, temperature):
     """
     Mean entropy of the soft assignments p = softmax(-|z - code|^2 / temperature), minus the entropy of their mean.
-    z (n, d) and codes (V, d) of unit length -> scalar. MAGVIT-v2 eq. 4; 1e-5 keeps the outer log finite.
-    Memory does not grow with n.
+    z (n, d) and codes (V, d) of unit length -> (scalar, each vector's nearest code (n,), which the same pass finds). Memory does not grow with n.
+    MAGVIT-v2 eq. 4; 1e-5 keeps the outer log finite.
     """
     return Entropy.apply(z, codes, temperature)
 
@@ -937,7 +954,7 @@ def rotary_table(grid, head_dim):
 
 
 def rotate(x, table):
-    """Turns the pairs (a, b) of x (B, heads, T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
+    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
     cos, sin = table
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
 
@@ -1041,24 +1058,46 @@ class GPT(nn.Module):
             return [(block, x.new_empty(2, len(x), c.n_head, length, c.n_embd // c.n_head)) for block in blocks]
 
         trunk, head = with_caches(self.trunk, c.grid**2), with_caches(self.head, c.k)
-        for p in range(c.grid**2):
-            for block, cache in trunk:
-                x = block(x, rotary=rotary[:, p:p + 1], cache=cache, at=p)
-            embedded = []
-            for i in range(c.k):
-                for block, cache in head:
-                    x = block(x, rotary=rotary[:, i:i + 1], cache=cache, at=i)
-                logits = self.outputs[i](self.norm(x))[:, 0].float()
-                if guided:
-                    logits, null = logits.chunk(2)
-                    if knobs["cfg_scale"][i] > 1:
-                        logits = null + knobs["cfg_scale"][i] * (logits - null)
-                ids[:, i, p] = sample(logits, knobs["temperature"][i], knobs["top_k"][i], knobs["top_p"][i], generator)
-                x = self.token_embeddings[i](rows(ids[:, i, p]))[:, None]
-                embedded.append(x)
-            x = self.aggregate(torch.cat(embedded, -1))
+        with packed(self, len(x)):
+            for p in range(c.grid**2):
+                for block, cache in trunk:
+                    x = block(x, rotary=rotary[:, p:p + 1], cache=cache, at=p)
+                embedded = []
+                for i in range(c.k):
+                    for block, cache in head:
+                        x = block(x, rotary=rotary[:, i:i + 1], cache=cache, at=i)
+                    logits = self.outputs[i](self.norm(x))[:, 0].float()
+                    if guided:
+                        logits, null = logits.chunk(2)
+                        if knobs["cfg_scale"][i] > 1:
+                            logits = null + knobs["cfg_scale"][i] * (logits - null)
+                    ids[:, i, p] = sample(logits, knobs["temperature"][i], knobs["top_k"][i], knobs["top_p"][i], generator)
+                    x = self.token_embeddings[i](rows(ids[:, i, p]))[:, None]
+                    embedded.append(x)
+                x = self.aggregate(torch.cat(embedded, -1))
         self.train(was_training)
         return ids.unflatten(2, (c.grid, c.grid))
+
+
+@contextlib.contextmanager
+def packed(model, rows):
+    """
+    While sampling on a CPU, linear layers multiply their `rows` inputs with copies of their weights in oneDNN's own order: with as few
+    as that the time is that of reading the weights, and so it is halved.
+    """
+    def able(weight):
+        return (type(weight) is nn.Parameter and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # not sharded, see --fsdp
+                and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+    layers = [] if torch.is_autocast_enabled("cpu") else [m for m in model.modules() if isinstance(m, nn.Linear) and able(m.weight)]
+    for layer in layers:
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+        layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias, attr="none", scalars=[], algorithm="")
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

@@ -3,8 +3,8 @@ Tests of behaviour: every loss against its plain formula, cached sampling agains
 unbroken one, two processes against one, bad input against its one line. Nothing is downloaded.
 
 $ python -m pytest -q test_fqgan.py
-$ python test_fqgan.py speed             # the benchmark
-$ python test_fqgan.py faults            # kills, damaged files and strange flags by the thousand
+$ python test_fqgan.py --bench           # the benchmark
+$ python test_fqgan.py --faults          # kills, damaged files and strange flags by the thousand
 """
 
 import argparse
@@ -12,6 +12,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -177,12 +178,12 @@ def test_quantizer_against_its_definition():
 
 def test_entropy_in_chunks_is_the_plain_entropy():
     torch.manual_seed(0)
-    raw = [torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (700, 2**14)]  # in chunks of 64
+    raw = [torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (700, 2**14)]  # in chunks of 16
     z, codes = (F.normalize(x, dim=1) for x in raw)
-    ours = entropy_loss(z, codes, 0.05)
+    ours, ids = entropy_loss(z, codes, 0.05)
     p = torch.softmax(-torch.cdist(z, codes).square() / 0.05, 1)
     plain = -(p * p.log()).sum(1).mean() + (p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
-    assert torch.allclose(ours, plain)
+    assert torch.allclose(ours, plain) and torch.equal(ids, torch.cdist(z, codes).argmin(1))
     for a, b in zip(torch.autograd.grad(ours, raw, retain_graph=True), torch.autograd.grad(plain, raw)):
         assert torch.allclose(a, b, atol=1e-9)
 
@@ -594,29 +595,73 @@ def test_resume_and_overwrite(tmp_path, trained):
     assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 4
 
 
-def test_two_ranks_are_one(tmp_path):
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def nearly_same(a, b):
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_are_one(ranks, tmp_path):
     """
     The same global batch gives the same weights. Off for it is what is computed on a rank's own batch: the entropy of
     the mean assignment (as in the official code) and the discriminator's BatchNorm.
     """
-    flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0]
+    flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0, "--batch-size", 12]  # 16 images to evaluate: not as many for each of 3
     call(train_tokenizer, *flags[1:], "--out", tmp_path / "one")
-    two = shell(*flags, "--out", tmp_path / "two", ranks=2)
-    assert two.returncode == 0, two.stderr
-    a, b = (torch.load(tmp_path / n / "tokenizer.pt", weights_only=True)["model"] for n in ("one", "two"))
-    assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
-    rows = [list(csv.DictReader(open(tmp_path / n / "log.csv"))) for n in ("one", "two")]
+    many = shell(*flags, "--out", tmp_path / "many", ranks=ranks)
+    assert many.returncode == 0, many.stderr
+    assert nearly_same(*(weights(tmp_path / n / "tokenizer.pt") for n in ("one", "many")))
+    rows = [list(csv.DictReader(open(tmp_path / n / "log.csv"))) for n in ("one", "many")]
     assert len(rows[0]) == len(rows[1])
     for x, y in zip(*rows):  # the codes' counts are added up over the ranks
         assert x["step"] == y["step"] and all(math.isclose(float(x[n]), float(y[n]), rel_tol=0.05) for n in x if x[n])
 
-    gpt = ["train_gpt.py", *TINY_GPT_RUN, "--tokenizer", tmp_path / "one" / "tokenizer.pt", "--label-dropout", 0, "--data", make_folder(tmp_path / "images")]
+    gpt = ["train_gpt.py", *TINY_GPT_RUN, "--tokenizer", tmp_path / "one" / "tokenizer.pt", "--label-dropout", 0, "--batch-size", 12, "--data", make_folder(tmp_path / "images")]
     call(train_gpt, *gpt[1:], "--out", tmp_path / "one")
-    two = shell(*gpt, "--out", tmp_path / "two", ranks=2)
-    assert two.returncode == 0, two.stderr
-    assert np.array_equal(*(np.load(tmp_path / n / "tokens_train.npy") for n in ("one", "two"))), "each encodes its share"
-    a, b = (torch.load(tmp_path / n / "gpt.pt", weights_only=True)["model"] for n in ("one", "two"))
-    assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+    many = shell(*gpt, "--out", tmp_path / "many", ranks=ranks)
+    assert many.returncode == 0, many.stderr
+    assert np.array_equal(*(np.load(tmp_path / n / "tokens_train.npy") for n in ("one", "many"))), "each encodes its share"
+    assert nearly_same(*(weights(tmp_path / n / "gpt.pt") for n in ("one", "many")))
+
+
+def test_sharded_over_ranks_is_one_process(tmp_path, trained):
+    """FSDP: the same weights and samples; its checkpoint goes on in one process, and one process's with it."""
+    flags = ["train_gpt.py", *TINY_GPT_RUN, "--tokenizer", trained / "tokenizer.pt", "--label-dropout", 0, "--ema", 0.9, "--accumulate", 2, "--eval-images", 15, "--data", make_folder(tmp_path / "images")]
+    folders = one, sharded = tmp_path / "one", tmp_path / "sharded"
+    call(train_gpt, *flags[1:], "--out", one)
+    told = shell(*flags, "--out", sharded, "--fsdp", ranks=2)
+    assert told.returncode == 0, told.stderr
+    assert nearly_same(*(weights(f / "gpt.pt") for f in folders)) and (sharded / "samples.png").is_file()
+    for a, b in zip(*(torch.load(f / "gpt.pt", weights_only=True)["optimizer"]["state"].values() for f in folders)):
+        assert nearly_same(a, b)
+    (one / "gpt.pt").rename(one / "swapped.pt")
+    (sharded / "gpt.pt").rename(one / "gpt.pt")
+    (one / "swapped.pt").rename(sharded / "gpt.pt")
+    more = ["--resume", "--overwrite", "--steps", 6]
+    call(train_gpt, "--out", one, *more, "--no-fsdp")
+    told = shell("train_gpt.py", "--out", sharded, *more, "--fsdp", ranks=2)
+    assert told.returncode == 0, told.stderr
+    assert "resumed on 2 processes, begun on 1: the same batches" in told.stdout
+    assert nearly_same(*(weights(f / "gpt.pt") for f in folders)) and fqgan.load_gpt(sharded / "gpt.pt")
+
+
+def test_one_failing_rank_ends_all(tmp_path):
+    """With its line, at once, not after the others have waited for it in vain."""
+    (tmp_path / "fail.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + """
+import os, train_tokenizer
+from fqgan import UserError
+def fail(*_):
+    raise UserError("a disk has gone")
+if os.environ["RANK"] == "1":
+    train_tokenizer.Run.update = fail
+train_tokenizer.cli(train_tokenizer.main)
+""")
+    began = time.time()
+    told = shell(tmp_path / "fail.py", *TINY_RUN, "--out", tmp_path / "out", ranks=2)
+    assert told.returncode != 0 and "fail.py: a disk has gone" in told.stderr and time.time() - began < 60
 
 
 def test_two_ranks_with_an_adversary_then_one(tmp_path):
@@ -909,8 +954,9 @@ class Published:
 
 
 class PublishedTokenizer(Published):
-    def __init__(self, k, widths=(32, 32, 64), W=64, z=32, V=64, d=8, grid=4):
+    def __init__(self, k, widths=(32, 32, 64), W=64, z=32, V=64, d=8, grid=4, depth=2):
         super().__init__()
+        self.depth = depth
         torch.manual_seed(k)
         self.branches = {1: [""], 2: ["_vis", "_sem"], 3: ["_vis", "_sem_mid", "_sem_high"]}[k]
         self.adapters = {1: [None], 2: ["visual_head", "semantic_head"], 3: ["visual_head", "semantic_head_mid", "semantic_head_high"]}[k]
@@ -934,7 +980,7 @@ class PublishedTokenizer(Published):
                 self.state[f"{name}.positional_embedding"] = torch.randn(grid**2, W)
                 self.add(f"{name}.ln_pre", W)
                 self.add(f"{name}.ln_post", W)
-                self.add_blocks(f"{name}.transformer", W, 2)
+                self.add_blocks(f"{name}.transformer", W, depth)
             self.add(f"encoder.norm_out{b}", top)
             self.add(f"encoder.conv_out{b}", z, top, 3, 3)
             self.add(f"quant_conv{b}", d, z, 1, 1)
@@ -964,23 +1010,30 @@ class PublishedTokenizer(Published):
     def mid(self, side, x):
         return self.res(f"{side}.mid.2", self.attn(f"{side}.mid.1", self.res(f"{side}.mid.0", x)))
 
-    def encode(self, images):
-        x, ids = self.mid("encoder", self.levels("encoder", F.conv2d(images, *self.get("encoder.conv_in"), padding=1), 2)), []
+    def vectors(self, images):
+        x, found = self.mid("encoder", self.levels("encoder", F.conv2d(images, *self.get("encoder.conv_in"), padding=1), 2)), []
         for b, adapter in zip(self.branches, self.adapters):
             h = x
             if adapter:
                 name = f"encoder.{adapter}.0"
                 t = x.flatten(2).transpose(1, 2) + self.state[f"{name}.positional_embedding"]
-                t = self.transformer(f"{name}.transformer", F.layer_norm(t, t.shape[2:], *self.get(f"{name}.ln_pre")), 2)
+                t = self.transformer(f"{name}.transformer", F.layer_norm(t, t.shape[2:], *self.get(f"{name}.ln_pre")), self.depth)
                 h = F.layer_norm(t, t.shape[2:], *self.get(f"{name}.ln_post")).transpose(1, 2).reshape(x.shape)
             h = F.conv2d(F.silu(self.norm(f"encoder.norm_out{b}", h)), *self.get(f"encoder.conv_out{b}"), padding=1)
-            h = F.normalize(F.conv2d(h, *self.get(f"quant_conv{b}")), dim=1)
-            codes = F.normalize(self.state[f"quantize{b}.embedding.weight"], dim=1)
-            ids.append((h[:, None] - codes[None, :, :, None, None]).square().sum(2).argmin(1))
-        return torch.stack(ids, 1)
+            found.append(F.conv2d(h, *self.get(f"quant_conv{b}")))
+        return found
+
+    def codes(self):
+        return [F.normalize(self.state[f"quantize{b}.embedding.weight"], dim=1) for b in self.branches]
+
+    def encode(self, images):
+        return torch.stack([(F.normalize(h, dim=1)[:, None] - codes[None, :, :, None, None]).square().sum(2).argmin(1)
+                            for h, codes in zip(self.vectors(images), self.codes())], 1)
 
     def decode(self, ids):
-        codes = [F.normalize(self.state[f"quantize{b}.embedding.weight"], dim=1)[ids[:, i]].permute(0, 3, 1, 2) for i, b in enumerate(self.branches)]
+        return self.paint([codes[ids[:, i]].permute(0, 3, 1, 2) for i, codes in enumerate(self.codes())])
+
+    def paint(self, codes):
         x = F.conv2d(F.conv2d(torch.cat(codes, 1), *self.get("post_quant_conv")), *self.get("decoder.conv_in"), padding=1)
         x = self.levels("decoder", self.mid("decoder", x), 3)
         return F.conv2d(F.silu(self.norm("decoder.norm_out", x)), *self.get("decoder.conv_out"), padding=1)
@@ -1033,7 +1086,8 @@ class PublishedGPT(Published):
             self.add("aggregation_layer", D, k * D)
         self.blocks = [f"layers.{i}" for i in range(trunk)], [f"ar_head.{i}" for i in range(head if k > 1 else 0)]
         for n in itertools.chain(*self.blocks):
-            for part, shape in {"attention.wqkv": (3 * D, D), "attention.wo": (D, D), "feed_forward.w1": (512, D), "feed_forward.w3": (512, D), "feed_forward.w2": (D, 512),
+            hidden = math.ceil(8 * D // 3 / 256) * 256
+            for part, shape in {"attention.wqkv": (3 * D, D), "attention.wo": (D, D), "feed_forward.w1": (hidden, D), "feed_forward.w3": (hidden, D), "feed_forward.w2": (D, hidden),
                                 "attention_norm": (D,), "ffn_norm": (D,)}.items():
                 self.add(f"{n}.{part}", *shape, bias=False)
         self.add("norm", D, bias=False)
@@ -1041,15 +1095,18 @@ class PublishedGPT(Published):
     def rms(self, name, x):
         return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.state[f"{name}.weight"]
 
-    def turn(self, x, grid):
-        """x (B,T,heads,e), complex numbers in place of pairs"""
-        e = x.shape[-1]
+    @functools.cache
+    def turns(self, grid, e):
         table = torch.zeros(grid**2 + 1, e // 2, dtype=torch.complex64)
         for p, j in itertools.product(range(grid**2), range(e // 4)):
             for half, at in ((0, p // grid), (e // 4, p % grid)):
                 table[1 + p, half + j] = complex(math.cos(at * 10000 ** (-2 * j / (e / 2))), math.sin(at * 10000 ** (-2 * j / (e / 2))))
-        z = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * table[:x.shape[1], None]
-        return torch.view_as_real(z).flatten(-2)
+        return table
+
+    def turn(self, x, grid):
+        """x (B,T,heads,e), complex numbers in place of pairs"""
+        z = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2))) * self.turns(grid, x.shape[-1])[:x.shape[1], None]
+        return torch.view_as_real(z).flatten(-2).to(x.dtype)
 
     def block(self, n, x, grid):
         B, T, D = x.shape
@@ -1267,8 +1324,7 @@ def test_global_negatives_on_two_ranks_are_one_process(tmp_path):
     call(train_tokenizer, *flags[1:], "--out", tmp_path / "one")
     two = shell(*flags, "--out", tmp_path / "two", ranks=2)
     assert two.returncode == 0, two.stderr
-    a, b = (torch.load(tmp_path / n / "tokenizer.pt", weights_only=True)["model"] for n in ("one", "two"))
-    assert all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
+    assert nearly_same(*(weights(tmp_path / n / "tokenizer.pt") for n in ("one", "two")))
 
 
 def test_fetch(tmp_path, monkeypatch):
@@ -1576,129 +1632,157 @@ def test_lpips_against_its_formula(tmp_path):
 
 
 def plain_quantizer(z, codes):
-    """Every formula as it is written, the whole matrix of assignments at once."""
-    flat, codes = F.normalize(z, dim=1).permute(0, 2, 3, 1).flatten(0, 2), F.normalize(codes, dim=1)
+    """Every formula as it is written, the whole matrix of assignments at once: (straight-through vectors, the sum of the losses)."""
+    unit, codes = F.normalize(z.float(), dim=1), F.normalize(codes, dim=1)
+    flat = unit.permute(0, 2, 3, 1).flatten(0, 2)
     distance = flat.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * flat @ codes.T
     chosen = codes[distance.argmin(1)]
     p = (-distance / 0.01).softmax(1)
     mean = p.mean(0)
     entropy = -(p * (p + 1e-5).log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
-    return F.mse_loss(chosen, flat.detach()) + 0.25 * F.mse_loss(flat, chosen.detach()) + 0.03 * entropy
+    z_q = chosen.view(len(z), *z.shape[2:], -1).permute(0, 3, 1, 2)
+    return unit + (z_q - unit).detach(), F.mse_loss(chosen, flat.detach()) + 0.25 * F.mse_loss(flat, chosen.detach()) + 0.03 * entropy
 
 
-def trained_by(loss, parameters, dtype=torch.float32):
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            value = loss()
-        value.backward()
-        for p in parameters:
-            p.grad = None
-    return step
+def plain_tokenizer(k=3):
+    """A model of the published size, run as its description reads, and its forward pass in training: images -> (reconstruction, loss)."""
+    made = PublishedTokenizer(k, widths=(128, 128, 256, 256, 512), W=512, z=256, V=16384, grid=16, depth=6)
+
+    def forward(images):
+        quantized, losses = zip(*(plain_quantizer(z, made.state[f"quantize{b}.embedding.weight"]) for b, z in zip(made.branches, made.vectors(images))))
+        reconstruction = made.paint(quantized)
+        disentangle = [(F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).square().mean() for a, b in itertools.combinations(quantized, 2)]
+        return reconstruction, sum(losses) + 0.1 * sum(disentangle) / len(disentangle) + F.mse_loss(reconstruction, images)
+
+    return made, forward
 
 
 def benchmarks():
-    """name -> a function that prepares the work and returns (what to time, how often)."""
+    """row -> {way: a function that prepares it and returns (the work to time, how often)}; the first way is the plain one."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
 
-    def covariances():
-        return [np.cov(np.random.default_rng(seed).standard_normal((4096, 2048)) @ np.diag(np.linspace(0.1, 2, 2048)), rowvar=False) for seed in (0, 1)]
+    def inference(work, dtype):
+        def run():
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                work()
+        return run
 
-    def sqrtm():
-        a, b = covariances()
-        return lambda: np.trace(scipy.linalg.sqrtm(a @ b)).real, 1
+    def training(loss, parameters, dtype="float32"):
+        def step():
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                value = loss()
+            value.backward()
+            for p in parameters:
+                p.grad = None
+        return step
 
-    def frechet():
-        a, b = covariances()
-        return lambda: evaluate.frechet_distance(np.zeros(2048), a, np.zeros(2048), b), 2
+    def frechet(plain):
+        a, b = (np.cov(np.random.default_rng(seed).standard_normal((4096, 2048)) @ np.diag(np.linspace(0.1, 2, 2048)), rowvar=False) for seed in (0, 1))
+        return (lambda: np.trace(scipy.linalg.sqrtm(a @ b)).real) if plain else lambda: evaluate.frechet_distance(np.zeros(2048), a, np.zeros(2048), b), 1
 
-    def quantizer(plain):
-        def prepare():
-            z, module = torch.randn(4, 8, 32, 32, requires_grad=True), Quantizer(16384, 8)
-            work = (lambda: plain_quantizer(z, module.codebook)) if plain else (lambda: sum(module(z)[2].values()))
-            return trained_by(work, [z, module.codebook]), 3
-        return prepare
+    def quantizer(plain=False, tokens=4096, codes=16384, k=1):
+        modules = [Quantizer(codes, 8) for _ in range(k)]
 
-    def tokenizer_step(dtype):
-        def prepare():
-            images = torch.rand(2, 3, 256, 256) * 2 - 1
-            model, disc = FQGAN(FQGANConfig(recompute=True)).train(), fqgan.Discriminator()
+        def work(tokens=tokens):
+            z = torch.randn(1, 8, tokens, 1, requires_grad=True)
+            training(lambda: sum(plain_quantizer(z, m.codebook)[1] if plain else sum(m(z)[2].values()) for m in modules), [m.codebook for m in modules])()
+        work(64)  # what is loaded and set up once is not counted
+        return work, 2
 
-            def loss():
+    def tokenizer_step(plain=False, dtype="float32", k=3, size=256, batch=2, **options):
+        images, disc = torch.rand(batch, 3, size, size) * 2 - 1, fqgan.Discriminator()
+        if plain:
+            made, forward = plain_tokenizer(k)
+            parameters = [t.requires_grad_() for t in made.state.values()]
+        else:
+            model = FQGAN(FQGANConfig(k=k, image_size=size, recompute=True)).train()
+            parameters = [*model.parameters()]
+
+            def forward(images):
                 reconstruction, losses = model(images)
-                losses["discriminator"] = fqgan.hinge_loss(disc(images), disc(reconstruction.detach())) - 0.5 * disc(reconstruction).float().mean()
-                return sum(losses.values())
-            return trained_by(loss, [*model.parameters(), *disc.parameters()], dtype), 1
-        return prepare
+                return reconstruction, sum(losses.values())
 
-    def coding(direction, dtype):
-        def prepare():
-            model = FQGAN(FQGANConfig()).eval()
-            images, ids = torch.rand(2, 3, 256, 256), torch.randint(0, 16384, (2, 3, 16, 16))
+        def loss():
+            reconstruction, value = forward(images)
+            disc.requires_grad_(False)
+            value = value - 0.5 * disc(reconstruction).float().mean()
+            disc.requires_grad_(True)
+            return value + 0.5 * fqgan.hinge_loss(disc(images), disc(reconstruction.detach()))
+        return training(loss, [*parameters, *disc.parameters()], dtype), 1
 
-            def work():
-                with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    model.encode(images) if direction == "encode" else model.decode(ids)
-            return work, 2
-        return prepare
+    def coding(direction, plain=False, dtype="float32", n=2):
+        model = plain_tokenizer()[0] if plain else FQGAN(FQGANConfig()).eval()
+        images, ids = torch.rand(n, 3, 256, 256), torch.randint(0, 16384, (n, 3, 16, 16))
+        return inference((lambda: model.encode(images)) if direction == "encode" else (lambda: model.decode(ids)), dtype), 2
 
-    def gpt_step(dtype):
-        def prepare():
-            model = GPT(GPTConfig()).train()
-            ids, labels = torch.randint(0, 16384, (2, 3, 16, 16)), torch.tensor([1, 2])
-            return trained_by(lambda: model(ids, labels)[1], [*model.parameters()], dtype), 1
-        return prepare
+    def gpt_step(plain=False, dtype="float32"):
+        ids, labels = torch.randint(0, 16384, (2, 3, 16, 16)), torch.tensor([1, 2])
+        if plain:
+            made = PublishedGPT(3, D=1024, V=16384, classes=1000, trunk=24, head=3)
+            parameters = [t.requires_grad_() for t in made.state.values()]
+            return training(lambda: F.cross_entropy(made.logits(ids.flatten(2), labels, 16).float().flatten(0, 2), ids.flatten()), parameters, dtype), 1
+        model = GPT(GPTConfig(dropout=0.0)).train()
+        return training(lambda: model(ids, labels)[1], [*model.parameters()], dtype), 1
 
-    def gpt_sampling(dtype):
-        def prepare():
-            model = GPT(GPTConfig(grid=8)).eval().to(dtype)
-            return lambda: model.generate(torch.arange(4), cfg_scale=2.0), 1
-        return prepare
+    def gpt_sampling(plain=False, dtype="float32"):
+        if plain:
+            fqgan.packed = lambda *_: contextlib.nullcontext()
+        model = GPT(GPTConfig(grid=8)).eval().to(train_tokenizer.DTYPES[dtype])
+        return lambda: model.generate(torch.arange(4), cfg_scale=2.0), 1
 
     def small_sampling(cached):
-        def prepare():
-            model = GPT(GPTConfig(k=3, vocab_size=256, num_classes=10, grid=16, n_layer=6, n_head=3, n_embd=192, head_layers=1, dropout=0.0)).eval()
-            labels = torch.arange(4)
-            return torch.no_grad()((lambda: model.generate(labels, cfg_scale=2.0)) if cached else lambda: uncached(model, labels, *([x] * 3 for x in (2.0, 1.0, 0, 1.0)), None)), 1
-        return prepare
+        model = GPT(GPTConfig(k=3, vocab_size=256, num_classes=10, grid=16, n_layer=6, n_head=3, n_embd=192, head_layers=1, dropout=0.0)).eval()
+        labels = torch.arange(4)
+        return torch.no_grad()((lambda: model.generate(labels, cfg_scale=2.0)) if cached else lambda: uncached(model, labels, *([x] * 3 for x in (2.0, 1.0, 0, 1.0)), None)), 1
 
-    f32, bf16 = torch.float32, torch.bfloat16
+    part = functools.partial
+    both = {"float32": dict(dtype="float32"), "bfloat16": dict(dtype="bfloat16")}
+
+    def against_plain(make, *args):
+        return {f"plain, {d}": part(make, *args, plain=True, dtype=d) for d in both} | {f"ours, {d}": part(make, *args, dtype=d) for d in both}
+
     return {
-        "Frechet distance, 2048x2048": dict(plain=sqrtm, ours=frechet),
-        "quantizer, forward and backward, 4,096 x 16,384": dict(plain=quantizer(True), ours=quantizer(False)),
-        "GPT of 3.5 M, 256 positions x 3 codes x 4 images, guided": dict(uncached=small_sampling(False), cached=small_sampling(True)),
-        "FQGAN-Triple 16x, training step, batch 2": dict(float32=tokenizer_step(f32), bfloat16=tokenizer_step(bf16)),
-        "FQGAN-Triple 16x, encoding 2 images": dict(float32=coding("encode", f32), bfloat16=coding("encode", bf16)),
-        "FQGAN-Triple 16x, decoding 2 images": dict(float32=coding("decode", f32), bfloat16=coding("decode", bf16)),
-        "FAR-Base, training step, batch 2": dict(float32=gpt_step(f32), bfloat16=gpt_step(bf16)),
-        "FAR-Base, 64 positions x 4 images, guided": dict(float32=gpt_sampling(f32), bfloat16=gpt_sampling(bf16)),
+        "Frechet distance, 2048x2048": {"scipy.linalg.sqrtm": part(frechet, True), "ours": part(frechet, False)},
+        "quantizer, 4,096 tokens x 16,384 codes": {"plain": part(quantizer, plain=True), "ours": quantizer},
+        "FQGAN-Triple 16x, training step of 2": against_plain(tokenizer_step),
+        "FQGAN-Triple 16x, encoding 2 images": against_plain(coding, "encode"),
+        "FQGAN-Triple 16x, decoding 2 images": against_plain(coding, "decode"),
+        "FAR-Base, training step of 2": against_plain(gpt_step),
+        "FAR-Base, 64 positions x 4 images, guided": against_plain(gpt_sampling),
+        "GPT of 3.5 M, 256 positions x 4 images, guided": {"uncached": part(small_sampling, False), "ours": part(small_sampling, True)},
+        "quantizers, 4,096 tokens, by codes": {f"{v:,}": part(quantizer, codes=v) for v in (1024, 4096, 16384, 65536, 262144)},
+        "quantizer, 16,384 codes, by tokens": {f"{n:,}": part(quantizer, tokens=n) for n in (1024, 4096, 16384)},
+        "quantizers, 4,096 tokens x 16,384 codes, by k": {f"{k}": part(quantizer, k=k) for k in (1, 2, 4, 8)},
+        "training step of 1 at 256x256, by k": {f"{k}": part(tokenizer_step, k=k, batch=1) for k in (1, 2, 4, 8)},
+        "training step of 1, k=3, by image size": {f"{s}": part(tokenizer_step, size=s, batch=1) for s in (64, 128, 256, 512)},
     }
 
 
-def speed(name=None, way=None):
-    """`python test_fqgan.py speed`: seconds and memory of each way, in a process of its own."""
+def bench(chosen="", way=None):
+    """`python test_fqgan.py --bench [WORD]`: the rows with that word in their name; each way in a process of its own."""
     import resource
-    if name:
-        work, times = benchmarks()[name][way]()
+    if way:
+        work, times = benchmarks()[chosen][way]()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if times > 1:
-            work()
+        work()  # the first time counts for memory alone
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
         for _ in range(times):
             work()
-        seconds = (time.perf_counter() - began) / times
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return print(json.dumps([seconds, (peak - before) / 1e6, peak / 1e6]))
+        return print(json.dumps([(time.perf_counter() - began) / times, (peak - before) / 1e6, peak / 1e6]))
     for name, ways in benchmarks().items():
+        if chosen not in name:
+            continue
         for i, way in enumerate(ways):
-            made = subprocess.run([sys.executable, __file__, "speed", name, way], capture_output=True, text=True)
+            made = subprocess.run([sys.executable, __file__, "--bench", name, way], capture_output=True, text=True)
             seconds, grown, peak = json.loads(made.stdout) if made.returncode == 0 else sys.exit(made.stderr)
-            first = seconds if i == 0 else first
-            print(f"{name if i == 0 else '':58s} {way:9s} {seconds:7.2f} s  {grown:5.1f} GB more, {peak:4.1f} GB in all" + (f"  {first / seconds:5.1f}x" if i else ""), flush=True)
+            first = (seconds, peak) if i == 0 else first
+            print(f"{name if i == 0 else '':48s} {way:18s} {seconds:7.2f} s {grown:6.2f} GB more {peak:6.2f} GB in all" + (f" {seconds / first[0]:6.2f} of the time {peak / first[1]:6.2f} of the memory" if i else ""), flush=True)
 
 
 # -----------------------------------------------------------------------------
-# Faults: `python test_fqgan.py faults`: what the quick tests do once, many times, seeded
+# Faults: `python test_fqgan.py --faults`: what the quick tests do once, many times, seeded
 
 
 def damaged(data, rng):
@@ -1811,4 +1895,4 @@ def faults():
 
 
 if __name__ == "__main__":
-    {"speed": speed, "faults": faults}[sys.argv[1] if len(sys.argv) > 1 else "speed"](*sys.argv[2:])
+    {"--bench": bench, "--faults": faults}[sys.argv[1]](*sys.argv[2:])

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
-from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, UserError, build, flag, load_tokenizer
+from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, UserError, build, flag, load_tokenizer, require
 from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, reserve, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
@@ -37,6 +38,7 @@ class TokenConfig:
     tokenizer: str = flag("", "the tokenizer's checkpoint; empty: tokenizer.pt in --out")
     crops: int = flag(1, "views of each training image: 1 (center), 2 (and its mirror image), 10 (five places, mirrored)")
     cfg_scale: float = flag(1.5, "guidance of the sample pictures")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer state over the processes (FSDP2), for a GPT that does not fit one device")
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -133,7 +135,7 @@ class Views(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def evaluate(model, tokens, run):
-    """Cross-entropy in nats per code, of each sub-codebook and their mean, on eval_images held-out images."""
+    """Cross-entropy in nats per code, of each sub-codebook and their mean, on eval_images held-out images, in figures and in words."""
     was_training = model.training
     model.eval()
     total = torch.zeros(model.config.k + 1, device=run.device)
@@ -146,17 +148,21 @@ def evaluate(model, tokens, run):
         dist.all_reduce(total)
     model.train(was_training)
     losses = total[:-1] / total[-1]
-    return {"val_loss": float(losses.mean())} | per_code("val_loss", losses)
+    return ({"val_loss": float(losses.mean())} | per_code("val_loss", losses),
+            f"cross-entropy {losses.mean():.4f} nats a code, of the sub-codebooks {' '.join(f'{x:.3f}' for x in losses.tolist())}")
 
 
-def sample_grid(path, model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
+def save_samples(model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
     """A row of samples for each of the first `most` classes."""
+    if run.rank and not isinstance(model, FSDPModule):  # whose processes hold each other's weights
+        return
     shown = range(min(most, len(classes)))
     labels = torch.tensor([c for c in shown for _ in range(columns)], device=run.device)
     ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed))
     with torch.no_grad(), run.autocast():
         images = tokenizer.decode(ids)
-    save_grid(path, [(classes[c], images[c * columns:(c + 1) * columns]) for c in shown])
+    if run.rank == 0:
+        save_grid(run.path.parent / "samples.png", [(classes[c], images[c * columns:(c + 1) * columns]) for c in shown])
 
 
 def main():
@@ -166,6 +172,7 @@ def main():
     if not 0 <= settings["cfg_scale"] < math.inf:
         raise UserError(f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
     run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
+    require(run.world > 1 or not settings["fsdp"], "--fsdp shards the model over several processes: start them with torchrun")
     if checkpoint:  # a GPT goes on with the tokenizer whose codes it speaks
         tokenizer = build(FQGAN, FQGANConfig, checkpoint["tokenizer"], run.path, run.device)
     else:
@@ -177,8 +184,10 @@ def main():
     classes = sources[0].classes
     config = pick(GPTConfig, settings | dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes)))
 
-    model = GPT(config).to(run.device)
+    model = GPT(config)
     ema = copy.deepcopy(model).eval().requires_grad_(False) if run.ema else None
+    for m in filter(None, (model, ema)):
+        run.shard(m, [*m.trunk, *m.head]) if settings["fsdp"] else m.to(run.device)
     matrices, vectors = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)],
                                   lr=run.lr, betas=(0.9, 0.95), fused=True)
@@ -195,7 +204,7 @@ def main():
     for _ in run.loop(tokens, [optimizer]):
         for ids, labels in run.micro_batches():
             with run.autocast():
-                _, loss = parallel_model(ids, labels)
+                loss = parallel_model(ids, labels)[1]
             run.backward({"cross_entropy": loss})
             run.record({"cross_entropy": loss})
         run.update((model, optimizer))
@@ -204,14 +213,8 @@ def main():
 
         if run.due:
             best = ema or model
-            if not run.interrupted:  # else there may be seconds left
-                figures = evaluate(best, held_out, run)
-                run.log(figures)
-                run.say(f"step {run.step}/{run.steps_total}  held out: cross-entropy {figures['val_loss']:.4f} nats a code, of the sub-codebooks "
-                        + " ".join(f"{figures[f'val_loss_{i + 1}']:.3f}" for i in range(config.k)))
-            run.save(config=asdict(config), classes=classes, tokenizer={"config": asdict(t), "model": tokenizer.state_dict()})
-            if run.rank == 0 and not run.interrupted:
-                sample_grid(run.path.parent / "samples.png", best, tokenizer, classes, settings["cfg_scale"], run)
+            run.milestone(lambda: evaluate(best, held_out, run), lambda: save_samples(best, tokenizer, classes, settings["cfg_scale"], run),
+                          config=asdict(config), classes=classes, tokenizer={"config": asdict(t), "model": tokenizer.state_dict()})
     run.finish(f"{run.path}, {run.path.parent / 'samples.png'} (look at it), {run.path.parent / 'gpt_log.csv'}",
                "python sample.py" + (f" --gpt {run.path}" if run.out != "out" else ""))
 

@@ -25,7 +25,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from fqgan import (LPIPS, TEACHERS, FQGAN, Discriminator, FQGANConfig, UserError, explained, flag, hinge_loss, load_checkpoint, load_data,
@@ -230,7 +233,7 @@ class TrainConfig:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A run may be resumed with other values of these without becoming another run.
-FREE = {"out", "keep", "recompute", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
+FREE = {"out", "keep", "recompute", "fsdp", "device", "compile", "workers", "log_every", "eval_every", "eval_images", "resume", "overwrite", "tensorboard"}
 
 
 def whole_numbers(text):
@@ -375,17 +378,38 @@ class Run:
                 raise UserError(f"{self.path} does not hold {', '.join(missing)}: it was made without; it cannot be resumed with")
             for name, part in self.parts.items():
                 with explained(f"{self.path}: {name} does not fit"):
-                    part.load_state_dict(self.checkpoint[name])
-            self.step = self.checkpoint["step"]
+                    state = self.checkpoint[name]
+                    if isinstance(part, FSDPModule):
+                        state = {n: sharded(state[n], like) for n, like in part.state_dict().items()}
+                    part.load_state_dict(state)
+                    for p, kept in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                        kept.update({n: sharded(value, p) for n, value in kept.items()})
+            self.step, before = self.checkpoint["step"], self.checkpoint.get("world", self.world)
+            if before != self.world:
+                self.say(f"resumed on {self.world} processes, begun on {before}: the same batches in the same order, dealt anew; dropout and what is computed "
+                         "over a process's own batch differ")
             self.window = {name: value.to(self.device) * (self.rank == 0) for name, value in self.checkpoint["window"].items()}
             self.checkpoint.clear()
+
+    def shard(self, model, blocks):
+        """
+        Each process keeps a share of the model's weights, and so of gradients and optimizer state, and gathers those of one of `blocks` while it
+        works in it (FSDP2). To be called before the optimizer is made. A checkpoint holds the whole tensors, as without.
+        """
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model, reshard_after_forward=True)  # else the whole is left gathered after an evaluation
+        register_fsdp_forward_method(model, "generate")
 
     def parallel(self, module):
         """The module as the training step calls it: compiled if asked for, gradients averaged over the ranks."""
         if module is None:
             return None
+        sharded = isinstance(module, FSDPModule)
+        if sharded:
+            self.parallel_parts.append(module)
         module = torch.compile(module) if self.compile else module
-        if self.world > 1:
+        if self.world > 1 and not sharded:
             takes = inspect.signature(DistributedDataParallel).parameters  # renamed in PyTorch 2.15
             option = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
             module = DistributedDataParallel(module, **{option: False})
@@ -420,7 +444,10 @@ class Run:
 
     def evaluation_batches(self, data):
         """This rank's share of eval_images of `data`, drawn at random but always the same, on the device."""
-        share = fixed_draw(data)[:self.eval_images][self.rank::self.world]
+        draw = fixed_draw(data)[:self.eval_images]
+        if any(isinstance(part, FSDPModule) for part in self.parts.values()):  # whose processes must make as many batches
+            draw = draw[:max(1, len(draw) // self.world) * self.world]
+        share = draw[self.rank::self.world]
         size = max(1, self.batch_size // (self.world * self.accumulate))
         return map(self.to_device, self.loader(data, [share[i:i + size] for i in range(0, len(share), size)]))
 
@@ -464,8 +491,9 @@ class Run:
     def micro_batches(self):
         """This step's batches on the device; ranks exchange gradients in the last one's backward pass only."""
         for i in range(self.accumulate):
+            last = i == self.accumulate - 1
             for part in self.parallel_parts:
-                part.require_backward_grad_sync = i == self.accumulate - 1
+                part.set_requires_gradient_sync(last) if isinstance(part, FSDPModule) else setattr(part, "require_backward_grad_sync", last)
             yield self.to_device(next(self.batches))
 
     def backward(self, losses):
@@ -482,7 +510,8 @@ class Run:
         finite = True
         for module, optimizer in pairs:
             self.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip or math.inf)  # the same on all ranks
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.grad_clip or math.inf)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # the same on all ranks
             if norm.isfinite():
                 self.scaler.step(optimizer)
             finite &= bool(norm.isfinite())
@@ -581,12 +610,38 @@ class Run:
             for name, value in figures.items():
                 self.events.add_scalar(name, value, self.step)
 
+    def milestone(self, evaluate, paint, **extra):
+        """
+        What ends a step that is due: the figures of evaluate() -> (name -> number, the same in words) into log and output, the
+        checkpoint with `extra`, the picture that paint() saves. Of an interrupted run the checkpoint alone: there may be seconds left.
+        """
+        if not self.interrupted:
+            figures, words = evaluate()
+            self.log(figures)
+            self.say(f"step {self.step}/{self.steps_total}  held out: {words}")
+        self.save(**extra)
+        if not self.interrupted:
+            paint()
+
     def save(self, **extra):
         """Writes the checkpoint: all tracked parts, where the run stands, its settings, and `extra`."""
         self.gather_window()
+
+        def whole(value):  # of a sharded tensor all of it, on the first process
+            if not isinstance(value, DTensor):
+                return value
+            value = value.full_tensor()
+            return value.cpu() if self.rank == 0 else None
+
+        parts = {name: tree_map(whole, part.state_dict()) for name, part in self.parts.items()}
         if self.rank == 0:
-            save_checkpoint(self.path, keep=self.keep, contents=extra | {"kind": self.kind, "settings": self.settings, "step": self.step, "window": self.window}
-                            | {name: part.state_dict() for name, part in self.parts.items()})
+            save_checkpoint(self.path, keep=self.keep, contents=extra | parts | {"kind": self.kind, "settings": self.settings, "step": self.step,
+                                                                                "world": self.world, "window": self.window})
+
+
+def sharded(value, like):
+    """A whole tensor as `like` is sharded, if it is and the tensor has its shape; anything else as it is."""
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) and value.shape == like.shape else value
 
 
 def leave_signals_to_main(_):
@@ -656,7 +711,7 @@ def start_from(model, path):
 
 @torch.no_grad()
 def evaluate(model, data, run):
-    """PSNR (dB, mean over images) and each sub-codebook's usage and perplexity on eval_images of `data`."""
+    """PSNR (dB, mean over images) and each sub-codebook's usage and perplexity on eval_images of `data`, in figures and in words."""
     config, was_training = model.config, model.training
     model.eval()
     total = torch.zeros(2, device=run.device)
@@ -671,8 +726,9 @@ def evaluate(model, data, run):
         dist.all_reduce(total)
         dist.all_reduce(counts)
     model.train(was_training)
-    share, perplexity = usage(counts)
-    return {"val_psnr": float(total[0] / total[1])} | per_code("val_usage", share) | per_code("val_perplexity", perplexity)
+    value, (share, perplexity) = float(total[0] / total[1]), usage(counts)
+    return ({"val_psnr": value} | per_code("val_usage", share) | per_code("val_perplexity", perplexity),
+            f"PSNR {value:.2f} dB, codes used {' '.join(f'{100 * s:.1f}' for s in share.tolist())} %, perplexity {' '.join(f'{p:.0f}' for p in perplexity.tolist())}")
 
 
 @torch.no_grad()
@@ -685,6 +741,12 @@ def reconstruction_rows(model, images):
     rows += [(f"without {i + 1}", model.decode(ids, only=[j for j in each if j != i])) for i in each if model.config.k > 2]
     model.train(was_training)
     return rows
+
+
+def save_reconstructions(model, data, run):
+    if run.rank == 0:
+        images = torch.stack([data[i][0] for i in fixed_draw(data)[:10]]).to(run.device)
+        save_grid(run.path.parent / "recon.png", reconstruction_rows(model, images))
 
 
 def main():
@@ -749,16 +811,7 @@ def main():
 
         if run.due:
             best = ema or model
-            if not run.interrupted:  # else there may be seconds left
-                figures = evaluate(best, held_out, run)
-                run.log(figures)
-                run.say(f"step {run.step}/{run.steps_total}  held out: PSNR {figures['val_psnr']:.2f} dB, codes used "
-                        + " ".join(f"{100 * figures[f'val_usage_{i + 1}']:.1f}" for i in range(config.k)) + " %, perplexity "
-                        + " ".join(f"{figures[f'val_perplexity_{i + 1}']:.0f}" for i in range(config.k)))
-            run.save(config=asdict(config))
-            if run.rank == 0 and not run.interrupted:
-                images = torch.stack([held_out[i][0] for i in fixed_draw(held_out)[:10]]).to(run.device)
-                save_grid(run.path.parent / "recon.png", reconstruction_rows(best, images))
+            run.milestone(lambda: evaluate(best, held_out, run), lambda: save_reconstructions(best, held_out, run), config=asdict(config))
     run.finish(f"{run.path}, {run.path.parent / 'recon.png'} (look at it), {run.path.parent / 'log.csv'}",
                "python train_gpt.py" + (f" --out {run.out}" if run.out != "out" else ""))
 
