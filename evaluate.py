@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from fqgan import LPIPS, Folder, UserError, fetch, load_tokenizer, read_weights, to_uint8, upright_rgb
+from fqgan import LPIPS, Folder, UserError, explained, fetch, load_tokenizer, read_weights, require, to_uint8, upright_rgb
 from sample import generate, load_generator, parse_knobs, stamp
 from train_tokenizer import Parser, cli, data_name, duration, fixed_draw, load_parts, per_code, psnr, reconstruction_rows, save_grid, start, usage
 
@@ -44,8 +44,7 @@ def ssim(images, others):
     (B,3,H,W) in [-1,1] twice, at least 7x7 -> (B,) structural similarity of the images as 8-bit files hold them: 7x7 windows
     of equal weights inside the image, sample covariance, mean over channels, data range 255.
     """
-    if min(images.shape[-2:]) < 7:
-        raise UserError(f"images are {images.shape[-1]}x{images.shape[-2]}; SSIM's window is 7x7")
+    require(min(images.shape[-2:]) >= 7, f"images are {images.shape[-1]}x{images.shape[-2]}; SSIM's window is 7x7")
     x, y = (to_uint8(i).float() / 255 for i in (images, others))
     mean_x, mean_y, xx, yy, xy = F.avg_pool2d(torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 1), 7, 1).unflatten(0, (5, -1))
     sample = 49 / 48  # the unbiased covariance of a window's 49 pixels
@@ -62,10 +61,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     S1 may be singular. Raises UserError where shapes differ or a value is not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
-    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != mu1.shape * 2:
-        raise UserError(f"statistics of other shapes: {mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}")
-    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise UserError("statistics that are not finite")
+    require(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2,
+            f"statistics of other shapes: {mu1.shape}, {sigma1.shape} and {mu2.shape}, {sigma2.shape}")
+    require(all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)), "statistics that are not finite")
     values, vectors = scipy.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0))
     product = scipy.linalg.eigvalsh(root.T @ sigma2 @ root)
@@ -74,8 +72,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, split_size=5000):
     """logits (N, classes) -> (mean, deviation) over runs of split_size of exp(mean KL(p(y|x) || p(y))); the last run may be shorter."""
-    if not len(logits):
-        raise UserError("no images to take the Inception Score of")
+    require(len(logits), "no images to take the Inception Score of")
     scores = []
     for part in torch.as_tensor(logits).double().split(split_size):
         log_p = part.log_softmax(1)
@@ -90,8 +87,7 @@ def precision_recall(real, fake, k=3):
     as far as its k-th nearest neighbour in its own set. Raises UserError for sets of at most k points.
     """
     real, fake = (torch.as_tensor(x).double() for x in (real, fake))
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images in both sets; there are {len(real)} and {len(fake)}")
+    require(min(len(real), len(fake)) > k, f"precision and recall need more than {k} images in both sets; there are {len(real)} and {len(fake)}")
 
     def squares(some, points):  # distances, squared, without the (N,M,D) differences
         return (some.square().sum(1)[:, None] + points.square().sum(1) - 2 * some @ points.T).clamp(min=0)
@@ -240,9 +236,8 @@ class FolderImages:
     """Every image below a folder; all must have the size of the first."""
 
     def __init__(self, path):
-        self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in Folder.suffixes and p.is_file())
-        if not self.files:
-            raise UserError(f"{path} holds no image")
+        self.files = Folder.files(path)
+        require(self.files, f"{path} holds no image")
         self.size = None
         self.size = self[0][0].shape
 
@@ -251,13 +246,10 @@ class FolderImages:
 
     def __getitem__(self, index):
         name = self.files[index]
-        try:
-            with Image.open(name) as file:
-                image = torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{str(name)!r} cannot be read ({error}): mend or remove it") from None
-        if self.size and image.shape != self.size:
-            raise UserError(f"{str(name)!r} is {image.shape[2]}x{image.shape[1]}, the first of its set {self.size[2]}x{self.size[1]}: all must have one size")
+        with explained(f"{str(name)!r} cannot be read", ": mend or remove it"), Image.open(name) as file:
+            image = torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1)
+        height, width = (self.size or image.shape)[1:]
+        require(image.shape[1:] == (height, width), f"{str(name)!r} is {image.shape[2]}x{image.shape[1]}, the first of its set {width}x{height}: all must have one size")
         return image, 0
 
 
@@ -328,29 +320,23 @@ def open_set(path):
     if path.is_dir():
         images = FolderImages(path)
         return ImageSet(f"{path} ({len(images)} images)", images, images.files, path.resolve())
-    if not path.is_file() or path.suffix != ".npz":
-        raise UserError(f"{path}: " + ("no such file or folder" if not path.exists() else
-                                       "give a folder of images, or an .npz of images (arr_0) or statistics (mu, sigma)"))
+    require(path.exists(), f"{path}: no such file or folder")
+    require(path.is_file() and path.suffix == ".npz", f"{path}: give a folder of images, or an .npz of images (arr_0) or statistics (mu, sigma)")
     array, statistics = np.empty((0, 1, 1, 3), np.uint8), {}
-    try:
+    with explained(f"{path} cannot be read"):
         with np.load(path, allow_pickle=False) as file:
             keys = sorted(file.files)
             if {"mu", "sigma"} <= set(keys):
                 statistics = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
-            elif "arr_0" not in keys:
-                raise UserError(f"{path} holds {', '.join(keys) or 'nothing'}; expected arr_0 (images), or mu and sigma (statistics)")
+            require(statistics or "arr_0" in keys, f"{path} holds {', '.join(keys) or 'nothing'}; expected arr_0 (images), or mu and sigma (statistics)")
         if "arr_0" in keys:
             array = map_array(path, "arr_0.npy")
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, height, width, 3)")
-    if statistics and (statistics["mu"].ndim != 1 or statistics["sigma"].shape != statistics["mu"].shape * 2):
-        raise UserError(f"{path}: mu is {statistics['mu'].shape} and sigma {statistics['sigma'].shape}; expected (D,) and (D, D)")
-    if not len(array) and not statistics:
-        raise UserError(f"{path} holds no images")
+    require(array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3,
+            f"{path}: arr_0 is {array.dtype} {array.shape}; expected uint8 (N, height, width, 3)")
+    if statistics:
+        mu, sigma = statistics.values()
+        require(mu.ndim == 1 and sigma.shape == mu.shape * 2, f"{path}: mu is {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)")
+    require(len(array) or statistics, f"{path} holds no images")
     return ImageSet(f"{path} ({len(array)} images)" if len(array) else str(path), ArrayImages(array), [path], path.resolve(), statistics)
 
 
@@ -403,8 +389,7 @@ class Features:
         if rank():
             return {}
         n, total, outer = (sum(part) for part in zip(*parts))
-        if n < 2:
-            raise UserError(f"{n} image has no covariance: 2 are needed, and thousands for a FID that means something")
+        require(n >= 2, f"{n} image has no covariance: 2 are needed, and thousands for a FID that means something")
         result = {"mu": total / n, "sigma": (outer - torch.outer(total, total) / n) / (n - 1)} | dict(zip(("features", "logits"), kept))
         return {name: value.numpy() for name, value in result.items()}
 
@@ -612,8 +597,7 @@ def generation(options, missing):
         figures["fid"] = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
         lacking = next((n for n, x in ((reals.name, real), (name, fake)) if "features" not in x), None)
         try:
-            if lacking:
-                raise UserError(f"{lacking} holds statistics, no images")
+            require(not lacking, f"{lacking} holds statistics, no images")
             figures["precision"], figures["recall"] = precision_recall(real["features"], fake["features"])
         except UserError as error:
             missing |= {n: str(error) for n in ("precision", "recall")}
@@ -690,14 +674,12 @@ def main():
     add("--vgg", metavar="FILE", help="VGG-16's weights, for LPIPS (default: fetched once)")
     add("--lpips", metavar="FILE", help="the weights of LPIPS v0.1's linear layers (default: fetched once)")
     options = parse_knobs(parser)
-    if bool(options.fake) and not options.real or options.real and not (options.fake or options.gpt) or options.fake and options.gpt:
-        raise UserError("--real and --fake go together, or --real with --gpt")
-    if options.fake and (options.n or options.data or options.tokenizer):
-        raise UserError("--n, --data and --tokenizer say nothing of --real and --fake, which are taken whole")
-    if options.out and Path(options.out).suffix.lower() not in Folder.suffixes:
-        raise UserError(f"--out {options.out}: name a picture, such as evaluate.png")
-    if options.json and not Path(options.json).resolve().parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
+    require(bool(options.real) >= bool(options.fake) and not (options.fake and options.gpt) and (not options.real or options.fake or options.gpt),
+            "--real and --fake go together, or --real with --gpt")
+    require(not options.fake or not (options.n or options.data or options.tokenizer),
+            "--n, --data and --tokenizer say nothing of --real and --fake, which are taken whole")
+    require(not options.out or Path(options.out).suffix.lower() in Folder.suffixes, f"--out {options.out}: name a picture, such as evaluate.png")
+    require(not options.json or Path(options.json).resolve().parent.is_dir(), f"--json {options.json}: there is no folder {os.path.dirname(options.json or '')}")
     began, missing = time.time(), {}
     options.device, _, _ = start(options.device, options.seed)
     torch.backends.cudnn.allow_tf32 = False  # or the figures differ from one machine to another
@@ -708,10 +690,8 @@ def main():
         figures = reconstruction(options, missing)
     report(figures, missing)
     if options.json and rank() == 0:
-        try:
+        with explained(f"cannot write {options.json}"):
             Path(options.json).write_text(json.dumps(figures | {name: None for name in missing} | {"missing": missing}, indent=1))
-        except OSError as error:
-            raise UserError(f"cannot write {options.json}: {error.strerror}") from None
     say(f"{duration(time.time() - began)}")
 
 

@@ -146,6 +146,8 @@ def crop_square(image, size, rng=None, view=0, views=1):
     short = int(1.1 * size) if views == 10 else size
     if rng:
         short = rng.randint(size, max(size, min(math.ceil(size / 0.8), *image.size)))
+    if max(image.size) > 8 * min(image.size):  # the middle of a strip, which would grow endless when it is scaled
+        image = ImageOps.fit(image, [min(side, 8 * min(image.size)) for side in image.size])
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short / min(image.size)
@@ -214,11 +216,15 @@ class Folder:
     def __init__(self, path):
         require(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
         self.folders = self.class_folders(path)
-        found = [(p, label) for label, folder in enumerate(self.folders) for p in sorted(folder.rglob("*"))]
-        found = found if self.folders else [(p, 0) for p in sorted(path.iterdir())]
-        self.samples = [(p, label) for p, label in found if p.suffix.lower() in self.suffixes and not p.name.startswith(".") and p.is_file()]
+        self.samples = [(p, label) for label, folder in enumerate(self.folders or [path]) for p in self.files(folder)]
         self.classes = [p.name for p in self.folders or [path]]
         require(self.samples, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
+
+    @classmethod
+    def files(cls, path):
+        """The images below a folder in the order of their names, hidden ones left out."""
+        return [p for p in sorted(path.rglob("*"))
+                if p.suffix.lower() in cls.suffixes and p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
 
     @staticmethod
     def class_folders(path):
@@ -307,8 +313,8 @@ class Attention(nn.Module):
         adds its own.
         """
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        (q, k), v = qkv[:2] if rotary is None else rotate(qkv[:2], rotary), qkv[2]  # (B, heads, T, e) each
+        qk, (v,) = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).split([2, 1])
+        q, k = qk if rotary is None else rotate(qk, rotary)  # (B, heads, T, e) each, as v is
         if cache is not None:
             cache[0, :, :, at:at + T], cache[1, :, :, at:at + T] = k, v
             k, v = cache[:, :, :, :at + T]
@@ -600,7 +606,7 @@ class Quantizer(nn.Module):
 
 def at_once(codes):
     """How many vectors are compared with all codes (V,d) at a time: the (rows, V) matrix fits a CPU's cache, or takes 256 MB of a GPU."""
-    return max(1, (2**18 if codes.device.type == "cpu" else 2**26) // len(codes))
+    return max(16, (2**18 if codes.device.type == "cpu" else 2**26) // len(codes))
 
 
 class Entropy(torch.autograd.Function):

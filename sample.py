@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from fqgan import FQGAN, FQGANConfig, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, to_uint8
+from fqgan import FQGAN, FQGANConfig, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, require, to_uint8
 from train_tokenizer import Parser, cli, has_fast_bf16, reserve, save_grid, start
 
 
@@ -41,8 +41,7 @@ def parse_knobs(parser):
     add("--device", default="auto", help="cuda, mps, cpu, ...; auto: the best there is (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of sampling; auto: bfloat16 where the hardware has it (default: %(default)s)")
     args = parser.parse_args()
-    if args.n is not None and args.n < 1 or args.batch_size < 1:
-        raise UserError("--n and --batch-size must be at least 1")
+    require((args.n is None or args.n >= 1) and args.batch_size >= 1, "--n and --batch-size must be at least 1")
     return args
 
 
@@ -65,8 +64,8 @@ def pick_classes(text, names):
     for word in text.split(","):
         word = word.strip()
         index = names.index(word) if word in names else int(word) if word.isdecimal() else -1
-        if not 0 <= index < len(names):
-            raise UserError(f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+        require(0 <= index < len(names),
+                f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
         picked.append(index)
     return picked
 
@@ -77,13 +76,11 @@ def load_generator(path, tokenizer_path=None, device="cpu"):
     `tokenizer_path` takes its place. Raises UserError where the two do not fit each other.
     """
     state = load_checkpoint(path, "gpt")
-    if not tokenizer_path and "tokenizer" not in state:
-        raise UserError(f"{path} holds no tokenizer: name it with --tokenizer")
+    require(tokenizer_path or "tokenizer" in state, f"{path} holds no tokenizer: name it with --tokenizer")
     gpt = build(GPT, GPTConfig, state, path, device)
     tokenizer = load_tokenizer(tokenizer_path, device) if tokenizer_path else build(FQGAN, FQGANConfig, state["tokenizer"], path, device)
     for name, ours, its in (("k", gpt.config.k, tokenizer.config.k), ("codes", gpt.config.vocab_size, tokenizer.config.codebook_size)):
-        if ours != its:
-            raise UserError(f"{path} was trained for {name} {ours}, the tokenizer {tokenizer_path or path} has {name} {its}")
+        require(ours == its, f"{path} was trained for {name} {ours}, the tokenizer {tokenizer_path or path} has {name} {its}")
     return gpt, tokenizer, state.get("classes") or [str(i) for i in range(gpt.config.num_classes)]
 
 
@@ -105,8 +102,7 @@ def generate(gpt, tokenizer, labels, batches, args):
 
 def main():
     args = flags()
-    if args.npz and Path(args.npz).suffix != ".npz":
-        raise UserError(f"--npz {args.npz}: give a name that ends in .npz")
+    require(not args.npz or Path(args.npz).suffix == ".npz", f"--npz {args.npz}: give a name that ends in .npz")
     device, rank, world = start(args.device, args.seed)
     began = time.time()
     gpt, tokenizer, names = load_generator(args.gpt, args.tokenizer, device)
@@ -172,8 +168,7 @@ def remember(path, settings):
         except ValueError:
             raise UserError(f"{path} is damaged: choose another --out") from None
         changed = [f"--{n.replace('_', '-')} {known.get(n)} (now {v})" for n, v in settings.items() if known.get(n) != v]
-        if changed:
-            raise UserError(f"{path.parent} holds samples made with {', '.join(changed)}: choose another --out")
+        require(not changed, f"{path.parent} holds samples made with {', '.join(changed)}: choose another --out")
     else:
         path.write_text(json.dumps(settings, indent=1))
 

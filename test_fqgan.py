@@ -8,6 +8,7 @@ $ python test_fqgan.py --faults          # kills, damaged files and strange flag
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -21,10 +22,13 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +328,22 @@ def test_recomputing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.compile, about checkpointing
+@pytest.mark.parametrize("recompute", [False, True])
+def test_models_compile_as_one_graph(recompute):
+    """Nothing falls back to Python, which would be silent and slow; and the losses are the same."""
+    torch.manual_seed(0)
+    model, gpt = FQGAN(FQGANConfig(k=2, recompute=recompute, **SMALL)), small_gpt(dropout=0.0, label_dropout=0.0)
+    images, labels = images_like(model.config), torch.tensor([1, 2])
+    ids = torch.randint(0, gpt.config.vocab_size, (2, gpt.config.k, gpt.config.grid, gpt.config.grid))
+    for module, arguments in ((model, (images,)), (gpt, (ids, labels))):
+        module.train()
+        plain, compiled = module(*arguments)[1], torch.compile(module, backend="aot_eager", fullgraph=True)(*arguments)[1]
+        plain, compiled = (x if isinstance(x, dict) else {"loss": x} for x in (plain, compiled))
+        assert nearly_same(plain, compiled)
+        sum(compiled.values()).backward()
+
+
 def test_crops():
     ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
     image = Image.fromarray(ramp)
@@ -337,6 +357,8 @@ def test_crops():
     import random
     widths = [np.ptp(np.asarray(fqgan.crop_square(image, 50, rng=random.Random(i)))[0, :, 0].astype(int)) for i in range(200)]
     assert 76 <= min(widths) <= 83 and 95 <= max(widths) <= 101, "0.8 to 1.0 of the shorter side, 100 levels wide"
+    for strip in ((1, 60_000), (60_000, 1), (3, 100)):  # scaled whole, the first would have 960,000 x 16 pixels
+        assert fqgan.crop_square(Image.new("RGB", strip), 16).size == fqgan.crop_square(Image.new("RGB", strip), 16, rng=random.Random(0)).size == (16, 16)
 
 
 def test_unreadable_images(tmp_path, capsys):
@@ -1027,8 +1049,7 @@ class PublishedTokenizer(Published):
         return [F.normalize(self.state[f"quantize{b}.embedding.weight"], dim=1) for b in self.branches]
 
     def encode(self, images):
-        return torch.stack([(F.normalize(h, dim=1)[:, None] - codes[None, :, :, None, None]).square().sum(2).argmin(1)
-                            for h, codes in zip(self.vectors(images), self.codes())], 1)
+        return torch.stack([torch.cdist(F.normalize(h.float(), dim=1).permute(0, 2, 3, 1), codes).argmin(-1) for h, codes in zip(self.vectors(images), self.codes())], 1)
 
     def decode(self, ids):
         return self.paint([codes[ids[:, i]].permute(0, 3, 1, 2) for i, codes in enumerate(self.codes())])
@@ -1801,30 +1822,53 @@ def damaged(data, rng):
     return bytes(data)
 
 
+def memory():
+    """The most that this process has taken so far, in MB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+
+
 def faults_images(folder, rng, n=10_000):
     """Damaged images are read or refused, nothing else: no crash, no memory beyond a bound."""
-    seeds = []
-    for i, (end, options) in enumerate(((".png", {}), (".jpg", {}), (".gif", {}), (".bmp", {}), (".webp", {}), (".tif", {}))):
-        Image.fromarray(rng.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8)).save(folder / f"whole{end}", **options)
-        seeds.append((folder / f"whole{end}").read_bytes())
-        (folder / f"whole{end}").unlink()
-    ends, read = (".png", ".jpg", ".gif", ".bmp", ".webp", ".tif"), 0
+    def saved(image, end):
+        file = io.BytesIO()
+        image.save(file, end)
+        return file.getvalue()
+
+    noise = Image.fromarray(rng.integers(0, 256, (40, 33, 3), dtype=np.uint8))
+    whole = [saved(noise, end) for end in ("png", "jpeg", "gif", "bmp", "webp", "tiff")]
+    claim = bytearray(whole[0])
+    claim[16:24] = struct.pack(">II", 60_000, 60_000)  # a header of sizes that the file does not have
+    claim[29:33] = struct.pack(">I", zlib.crc32(claim[12:29]))
+    odd = [bytes(claim), b"", b"not an image", saved(Image.new("1", (12_000, 12_000)), "png"), saved(Image.new("1", (20_000, 20_000)), "png"),
+           saved(Image.new("L", (1, 60_000)), "png"), saved(Image.new("L", (60_000, 1)), "png")]  # bombs and strips among them
+    read, before = 0, memory()
     for i in range(n):
-        path = folder / f"{i % 7}\n\"'\udcff{rng.choice(ends)}"
-        path.write_bytes(damaged(seeds[i % len(seeds)], rng))
-        data = fqgan.ImageData(type("One", (), {"samples": [(path, 0)], "__len__": lambda self: 1, "__getitem__": fqgan.Folder.__getitem__})(), ["x"], 16, False, "one")
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError):
-            data[0]
+        path = folder / f"{i % 7}\n\"'\udcff{rng.choice(('.png', '.jpg', '.gif', '.bmp', '.webp', '.tif'))}"  # the ending is right one time in six
+        path.write_bytes(odd[i // 100 % len(odd)] if i % 100 == 0 else damaged(whole[i % len(whole)], rng))
+        data = fqgan.ImageData(type("One", (), {"samples": [(path, 0)], "__len__": lambda self: 1, "__getitem__": fqgan.Folder.__getitem__})(), ["x"], 16, True, "one")
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(UserError), warnings.catch_warnings(action="ignore"):
+            assert data[0][0].shape == (3, 16, 16)
             read += 1
+        assert data.unreadable == 1 or data.failed.sum() == 0
         path.unlink()
-    return f"{n} damaged images: {read} could be read all the same, {n - read} were refused"
+    assert memory() - before < 1500, "an image of 12,000 x 12,000 pixels takes 430 MB, and its half while it is scaled"
+    return f"{n} damaged images: {read} could be read all the same, {n - read} were refused; {memory() - before} MB of memory"
+
+
+class Hostile:
+    def __init__(self, touched):
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
 
 
 def faults_checkpoints(folder, rng, n=1000):
-    """Mutated checkpoints load or are refused in one line."""
+    """Mutated checkpoints load or are refused in one line; what they carry is never run."""
     call(train_tokenizer, "--k", 2, "--out", folder / "run", *TINY_RUN)
     good, loaded, path = (folder / "run" / "tokenizer.pt").read_bytes(), 0, folder / "mutated.pt"
-    state = torch.load(io.BytesIO(good), weights_only=True)
+    state, touched, before = torch.load(io.BytesIO(good), weights_only=True), folder / "touched", memory()
     for i in range(n):
         if i % 2:
             path.write_bytes(damaged(good, rng))
@@ -1832,25 +1876,26 @@ def faults_checkpoints(folder, rng, n=1000):
             mutated = copy.deepcopy({n: state[n] for n in ("kind", "config", "model", "settings")})
             part = mutated[rng.choice(("config", "model"))]
             name = rng.choice(list(part))
-            absurd = ["text", None, -1, 10**9, 1.5, math.nan, [], {}, torch.zeros(3), torch.zeros(1).expand(10**6, 10**6), torch.zeros((), dtype=torch.int8)]
+            absurd = ["text", None, -1, 10**9, 1.5, math.nan, [], {}, torch.zeros(3), torch.zeros(1).expand(10**6, 10**6), torch.zeros((), dtype=torch.int8), Hostile(touched)]
             if rng.random() < 0.2:
                 del part[name]
             else:
                 part[name] = absurd[rng.integers(len(absurd))]
-            torch.save(mutated, path)
+            torch.save(mutated, path, _use_new_zipfile_serialization=i % 4 == 0)
         try:
             fqgan.load_tokenizer(path)
             loaded += 1
         except UserError as error:
             assert "\n" not in str(error)
-    return f"{n} mutated checkpoints: {loaded} could be loaded all the same, {n - loaded} were refused in one line"
+    assert not touched.exists() and memory() - before < 500
+    return f"{n} mutated checkpoints: {loaded} could be loaded all the same, {n - loaded} were refused in one line; {memory() - before} MB of memory"
 
 
 def faults_kills(folder, rng, n=30):
     """A run killed at random moments, also while it writes, and resumed each time ends as one never killed."""
     flags = [*TINY_RUN, "--k", 2, "--steps", 400, "--eval-every", 1, "--log-every", 3]
     call(train_tokenizer, *flags, "--out", folder / "whole")
-    kills, done = 0, False
+    kills, writing, done = 0, 0, False
     while not done:
         resume = ["--resume"] if (folder / "cut" / "tokenizer.pt").exists() else flags
         process = subprocess.Popen([sys.executable, "train_tokenizer.py", *map(str, resume), "--out", str(folder / "cut")], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -1862,28 +1907,58 @@ def faults_kills(folder, rng, n=30):
             process.kill()
             process.wait()
             kills += 1
+            writing += (folder / "cut" / "tokenizer.pt.tmp").exists()
     a, b = (torch.load(folder / name / "tokenizer.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and (folder / "whole" / "log.csv").read_text() == (folder / "cut" / "log.csv").read_text()
-    return f"{kills} kills: weights, optimizer and log to the bit those of a run never killed"
+    return f"{kills} kills, {writing} of them while a checkpoint was written: weights, optimizer and log to the bit those of a run never killed"
+
+
+def flags_of(script):
+    """The actions of a script's argument parser."""
+    class Found(Exception):
+        pass
+
+    def stop(parser, *_):
+        raise Found(parser._actions)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
+        patch.setattr(train_tokenizer.Parser, "parse_args", stop)
+        call(script)
+    return found.value.args[0]
 
 
 def faults_flags(folder, rng, n=300):
-    """Flags fuzzed within their types: a run or one line."""
-    fields = {f.name: f for group in (FQGANConfig, train_tokenizer.TrainConfig, train_tokenizer.StartConfig) for f in dataclasses.fields(group) if f.metadata}
-    values = {int: (-1, 0, 1, 2, 3, 4, 8, 12), float: (-1.0, 0.0, 0.3, 1.0, 2.0, 1e9, math.nan, math.inf), str: ("", "none", "shapes", "x", "\udcff"), bool: (True,)}
-    ran = 0
+    """Every script's flags fuzzed within their types: a run or one line."""
+    def offline(*_, **__):
+        raise OSError("offline")
+    torch.hub.download_url_to_file = offline
+    images, out = make_folder(folder / "images", each=10), folder / "trained"
+    call(train_tokenizer, "--k", 2, "--out", out, *TINY_RUN, "--data", images)
+    call(train_gpt, "--out", out, *TINY_GPT_RUN)
+    few = ["--n", 4, "--batch-size", 2, "--device", "cpu"]
+    scripts = {  # flags that come before the fuzzed ones, and those that come after them
+        train_tokenizer: ([*TINY_RUN, "--k", 2, "--data", images], ["--steps", 1, "--overwrite", "--out", folder / "fuzz"]),
+        train_gpt: ([*TINY_GPT_RUN, "--tokenizer", out / "tokenizer.pt"], ["--steps", 1, "--overwrite", "--out", folder / "fuzz"]),
+        sample: (["--gpt", out / "gpt.pt", *few], ["--out", folder / "grid.png"]),
+        evaluate: (["--tokenizer", out / "tokenizer.pt", "--data", images, *few], ["--json", folder / "e.json"])}
+    never = {"help", "out", "npz", "json", "preset", "resume", "tensorboard", "compile", "workers", "steps", "epochs"}
+    values = {int: (-1, 0, 1, 2, 3, 4, 8, 12), float: (-1.0, 0.0, 0.3, 1.0, 2.0, 1e9, math.nan, math.inf), None: ("", "none", "shapes", "x", "\udcff", str(images), str(out / "gpt.pt"))}
+    ran = collections.Counter()
     for i in range(n):
-        picked = {name: values.get(fields[name].type, ("", "1", "1,2", "0,1", "-1,1"))[rng.integers(len(values.get(fields[name].type, range(5))))]
-                  for name in rng.choice(sorted(fields.keys() - {"out", "resume", "tensorboard", "compile", "workers", "steps", "epochs"}), rng.integers(1, 4), replace=False)}
+        script = list(scripts)[i % len(scripts)]
+        actions = [a for a in flags_of(script) if a.dest not in never]
+        argv = []
+        for action in rng.choice(actions, rng.integers(1, 4), replace=False):
+            pool = [] if action.nargs == 0 else action.choices or values.get(action.type, ("", "1", "1,2", "0,1", "-1,1", "0.5", "nan"))
+            argv += [rng.choice(action.option_strings)] + ([str(pool[rng.integers(len(pool))])] if len(pool) else [])
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                call(train_tokenizer, *TINY_RUN, "--k", 2, "--overwrite", "--out", folder / "fuzz", *as_flags(picked), "--steps", 1)
-            ran += 1
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                call(script, *scripts[script][0], *argv, *scripts[script][1])
+            ran[script.__name__] += 1
         except UserError as error:
-            assert "\n" not in str(error), picked
-        except Exception as error:
-            raise AssertionError(f"{picked} end in {type(error).__name__}: {error}") from error
-    return f"{n} command lines: {ran} ran, {n - ran} were refused in one line"
+            assert "\n" not in str(error), argv
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{script.__name__} {argv} ends in {type(error).__name__}: {error}") from error
+    return f"{n} command lines of {len(scripts)} scripts: {ran.total()} ran ({', '.join(f'{k} {v}' for k, v in ran.items())}), {n - ran.total()} were refused in one line"
 
 
 def faults():

@@ -67,8 +67,7 @@ class Tokens(torch.utils.data.Dataset):
             except (OSError, ValueError):  # none, or cut off while it was written
                 known = None
             other = [n for n in made_of if known and known.get(n) != made_of[n]]
-            if other and not run.overwrite:
-                raise UserError(f"{path} was made with another {' and '.join(other)}: --overwrite encodes again, --out FOLDER leaves it alone")
+            require(not other or run.overwrite, f"{path} was made with another {' and '.join(other)}: --overwrite encodes again, --out FOLDER leaves it alone")
             if other or not known:
                 note.unlink(missing_ok=True)
                 np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
@@ -78,8 +77,7 @@ class Tokens(torch.utils.data.Dataset):
             dist.barrier()
         self.path, self.records = path, np.load(path, mmap_mode="r+")
         self.encode(data, tokenizer, crops, run)
-        if not self.records["done"].all():
-            raise UserError(f"{path}: {int((~self.records['done']).sum())} images are not encoded: are all processes writing to one disk?")
+        require(self.records["done"].all(), f"{path}: {int((~self.records['done']).sum())} images are not encoded: are all processes writing to one disk?")
 
     def __getstate__(self):  # a process that loads data maps the file itself
         return vars(self) | {"records": None}
@@ -167,10 +165,8 @@ def save_samples(model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
 
 def main():
     settings, checkpoint = parse(__doc__, PRESETS, "gpt.pt", "gpt", GPTConfig, TrainConfig, TokenConfig)
-    if settings["crops"] not in (1, 2, 10):
-        raise UserError(f"--crops {settings['crops']}: choose 1, 2 or 10")
-    if not 0 <= settings["cfg_scale"] < math.inf:
-        raise UserError(f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
+    require(settings["crops"] in (1, 2, 10), f"--crops {settings['crops']}: choose 1, 2 or 10")
+    require(0 <= settings["cfg_scale"] < math.inf, f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
     run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
     require(run.world > 1 or not settings["fsdp"], "--fsdp shards the model over several processes: start them with torchrun")
     if checkpoint:  # a GPT goes on with the tokenizer whose codes it speaks

@@ -277,8 +277,8 @@ def parse(doc, presets, filename, kind, *groups):
         saved = checkpoint.get("settings")
         require(saved, f"{path} holds weights, not a run: it cannot be resumed" + (", but --init starts from it" if kind == "tokenizer" else ""))
         changed = {n: v for n, v in (preset | given).items() if n not in FREE and saved.get(n) != v}
-        if changed and not settings["overwrite"]:
-            raise UserError(f"{path} was made with " + ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} (now {v})" for n, v in changed.items())
+        require(not changed or settings["overwrite"],
+                f"{path} was made with " + ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} (now {v})" for n, v in changed.items())
                             + ": leave these out to continue it, add --overwrite to continue with the new values, or choose another --out")
         settings |= {n: v for n, v in saved.items() if n in every and n not in given and n not in preset and n != "out"}
         settings |= {n: given.get(n, False) for n in ("resume", "overwrite")}
@@ -287,10 +287,8 @@ def parse(doc, presets, filename, kind, *groups):
     for name, low in dict(steps=0, batch_size=1, accumulate=1, warmup=0, workers=0, log_every=1, eval_every=1, eval_images=1,
                           lr=0, epochs=0, final_lr=0, grad_clip=0, ema=0, seed=0, keep=0).items():
         require(low <= settings[name] < math.inf, f"--{name.replace('_', '-')} is {settings[name]}; it must be a finite number of at least {low}")
-    if settings["dtype"] not in ("auto", *DTYPES):
-        raise UserError(f"--dtype {settings['dtype']}: choose {', '.join(DTYPES)} or auto")
-    if settings["ema"] >= 1:
-        raise UserError(f"--ema is {settings['ema']}; a decay is below 1, such as 0.999")
+    require(settings["dtype"] in ("auto", *DTYPES), f"--dtype {settings['dtype']}: choose {', '.join(DTYPES)} or auto")
+    require(settings["ema"] < 1, f"--ema is {settings['ema']}; a decay is below 1, such as 0.999")
     return settings, checkpoint
 
 
@@ -344,8 +342,8 @@ class Run:
         self.device, self.rank, self.world = start(self.device, self.seed)
         if self.dtype == "auto":
             self.dtype = "bfloat16" if has_fast_bf16(self.device) else "float32"
-        if self.batch_size % (self.world * self.accumulate):
-            raise UserError(f"--batch-size {self.batch_size} is not divisible by {self.world} processes x --accumulate {self.accumulate}")
+        require(self.batch_size % (self.world * self.accumulate) == 0,
+                f"--batch-size {self.batch_size} is not divisible by {self.world} processes x --accumulate {self.accumulate}")
         self.path = Path(self.out) / filename
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -374,8 +372,7 @@ class Run:
         self.parts = {name: part for name, part in (parts | {"scaler": self.scaler if self.scaler.is_enabled() else None}).items() if part is not None}
         if self.checkpoint:
             missing = [n for n in self.parts if n not in self.checkpoint]
-            if missing:
-                raise UserError(f"{self.path} does not hold {', '.join(missing)}: it was made without; it cannot be resumed with")
+            require(not missing, f"{self.path} does not hold {', '.join(missing)}: it was made without; it cannot be resumed with")
             for name, part in self.parts.items():
                 with explained(f"{self.path}: {name} does not fit"):
                     state = self.checkpoint[name]
@@ -425,11 +422,10 @@ class Run:
 
     def prepare(self, data):
         """Settles the number of steps; refuses data that cannot fill a batch and runs that have nothing left to do."""
-        if len(data) < self.batch_size:
-            raise UserError(f"{data.origin}: {len(data)} images are fewer than one batch; --batch-size {len(data)} or less would do")
+        require(len(data) >= self.batch_size, f"{data.origin}: {len(data)} images are fewer than one batch; --batch-size {len(data)} or less would do")
         self.steps_total = self.steps or max(1, math.ceil(self.epochs * len(data) / self.batch_size))
-        if self.step >= self.steps_total:
-            raise UserError(f"{self.path} is already at step {self.step} of {self.steps_total}: to train on, add --steps with a larger number and --overwrite")
+        require(self.step < self.steps_total,
+                f"{self.path} is already at step {self.step} of {self.steps_total}: to train on, add --steps with a larger number and --overwrite")
 
     def describe(self):
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -522,9 +518,9 @@ class Run:
             bad = [name for name, loss in self.losses.items() if not loss.isfinite()]
             self.say(f"step {self.step} left out: {', '.join(bad) or 'the gradient'} not finite"
                      + (" (float16's scale is being found)" if self.dtype == "float16" and not bad else ""))
-        if self.skipped >= (30 if self.dtype == "float16" else 10):
-            raise UserError(f"{self.skipped} steps in a row were not finite, step {self.step} the last: try a smaller --lr; "
-                            "the last checkpoint is from before them")
+        require(self.skipped < (30 if self.dtype == "float16" else 10),
+                f"{self.skipped} steps in a row were not finite, step {self.step} the last: try a smaller --lr; "
+                "the last checkpoint is from before them")
 
     def average(self, ema, module):
         """Moves the moving average towards the module's weights; the decay is smaller in the first steps."""
@@ -754,8 +750,8 @@ def main():
     names = settings["teachers"]
     names = PAPER_TEACHERS.get(settings["k"], ["dinov2_vits14", "clip_vitb16"]) if names == "paper" else [n for n in names.split(",") if n and n != "none"]
     config = pick(FQGANConfig, settings)
-    if config.disc_weight and config.image_size < 24:
-        raise UserError(f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
+    require(not config.disc_weight or config.image_size >= 24,
+            f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
     settings["data"] = settings["data"] or "shapes"
     run = Run(settings, checkpoint, "tokenizer.pt", "tokenizer")
     teachers = one_first(lambda: [load_teacher(name).to(run.device) for name in names])
