@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from fqgan import LPIPS, Folder, UserError, explained, fetch, load_tokenizer, read_weights, require, to_uint8, upright_rgb
 from sample import generate, load_generator, parse_knobs, stamp
@@ -511,7 +511,12 @@ def reconstruction(options, missing):
     real = reference(images, network, options) if network else {}
     fakes = Features(network) if network else None
 
+    seen = [torch.zeros(c.codebook_size, 3 * c.downsample**2 + 1) for _ in range(c.k)]  # of each code: its patches added up, and their number
+
     def compare(numbers, batch, ids):
+        patches = F.pixel_unshuffle(batch, c.downsample).permute(0, 2, 3, 1).flatten(0, 2).cpu()
+        for i, total in enumerate(seen):
+            total.index_add_(0, ids[:, i].flatten().cpu(), F.pad(patches, (0, 1), value=1.0))
         painted = to_uint8(tokenizer.decode(ids))
         if fakes:
             fakes.add(numbers, painted)
@@ -519,6 +524,7 @@ def reconstruction(options, missing):
         return [metric(batch, painted).cpu().double() for metric in metrics.values()]
 
     labels, ids, *scores = codes_of(images, tokenizer, options, "reconstructing", compare) or [None] * 2
+    seen = gather(torch.stack(seen))
     fake = fakes.finish() if fakes else {}
     reason = "the data has no classes" if len(held_out.classes) < 2 else "there is no training part apart" if train.origin == held_out.origin else \
         "the training part has other classes" if train.classes != held_out.classes else None
@@ -543,7 +549,8 @@ def reconstruction(options, missing):
         a, b = (ids[:, n].flatten().numpy() for n in (i, j))
         figures[f"mutual_information_{i + 1}_{j + 1}"] = mutual_information(a, b)
         figures[f"mutual_information_{i + 1}_{j + 1}_by_chance"] = mutual_information(a, rng.permutation(b))
-    draw(options, path, reconstruction_rows(tokenizer, from_uint8(first_of(images)).to(options.device)))
+    draw(options, path, save_grid, reconstruction_rows(tokenizer, from_uint8(first_of(images)).to(options.device)))
+    draw(options, path, save_maps, tokenizer, sum(seen), suffix="_codes")
     return figures
 
 
@@ -620,14 +627,35 @@ def neighbours(options, path, shown, reals, every, fake, real):
     nearest = distance.topk(min(3, len(real)), largest=False).indices
     rows = [("sample", shown)] + [(name, torch.stack([F.interpolate(reals[int(i) * every][1][None].float(), shown.shape[2:])[0] for i in column]))
                                   for name, column in zip(("nearest real", "second", "third"), nearest.T)]
-    draw(options, path, [(name, from_uint8(images)) for name, images in rows])
+    draw(options, path, save_grid, [(name, from_uint8(images)) for name, images in rows])
 
 
-def draw(options, path, rows):
+def save_maps(path, tokenizer, seen, side=640, tile=18, most=2000):
+    """
+    A map of each sub-codebook: its codes at their two principal components, as the mean of the image patches they stand for, of the most
+    chosen ones; nearest to the eye the most chosen. seen (k, V, 3*d*d + 1): the patches added up, and their number.
+    """
+    sheet, d = Image.new("RGB", (len(seen) * (side + tile) + tile, side + 2 * tile), "white"), tokenizer.config.downsample
+    for i, (branch, total) in enumerate(zip(tokenizer.branches, seen)):
+        codes = F.normalize(branch.quantizer.codebook.detach().float().cpu(), dim=1)
+        number = total[:, -1]
+        chosen = [j for j in number.argsort().tolist() if number[j]][-most:]
+        patches = to_uint8(F.pixel_shuffle((total[chosen, :-1] / number[chosen, None])[:, :, None, None], d)).permute(0, 2, 3, 1).numpy()
+        codes = codes[chosen] - codes[chosen].mean(0)
+        places = codes @ torch.linalg.svd(codes, full_matrices=False).Vh[:2].T
+        places = (places - places.amin(0)) / (places.amax(0) - places.amin(0)).clamp(min=1e-6) * (side - tile) + tile
+        for patch, (x, y) in zip(patches, places.tolist()):
+            sheet.paste(Image.fromarray(patch).resize((tile, tile), Image.Resampling.NEAREST), (round(x) + i * (side + tile), round(y)))
+        ImageDraw.Draw(sheet).text((i * (side + tile) + tile, 2), f"sub-codebook {i + 1}", fill="black", font=ImageFont.load_default(13))
+    sheet.save(path)
+
+
+def draw(options, path, save, *contents, suffix=""):
     path = Path(options.out or path.parent / "evaluate.png")
+    path = path.with_stem(path.stem + suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(path, rows)
+        save(path, *contents)
         say(f"picture: {path}")
     except (OSError, ValueError) as error:
         say(f"no picture: {path} cannot be written ({error})")

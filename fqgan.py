@@ -10,7 +10,7 @@ Sources:
    sec. 3.2: factorized quantization, disentanglement, representation learning; sec. 3.3: the GPT's head
 2) VQGAN: Esser et al., Taming Transformers, https://arxiv.org/abs/2012.09841 (encoder, decoder, adversarial loss)
 3) LlamaGen: Sun et al., https://arxiv.org/abs/2406.06525 (l2-normalized codes of dimension 8, entropy loss off)
-4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss, eq. 4)
+4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss)
 """
 
 import argparse
@@ -24,7 +24,7 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # -----------------------------------------------------------------------------
 # Errors
@@ -63,62 +63,55 @@ def explained(message, advice=""):
 # Data
 
 
+def outlines():
+    """The figures of Shapes: polygons within the unit circle, as complex numbers, y downwards: the figure, and what is cut out of it."""
+    def turn(n, inner=1.0):  # n points round the circle, the first one up; every second one at the radius `inner`
+        return np.exp(2j * np.pi * (np.arange(n) / n - 0.25)) * np.where(np.arange(n) % 2, inner, 1.0)
+
+    circle, t = turn(96), np.linspace(0, 2 * np.pi, 96, endpoint=False)
+    heart = 16 * np.sin(t) ** 3 + 1j * (-13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t))
+    arm = np.array([-0.36 - 1j, 0.36 - 1j, 0.36 - 0.36j])
+    return {
+        "circle": [0.9 * circle],
+        "square": [0.8 * np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j])],
+        "triangle": [turn(3) + 0.2j],
+        "diamond": [0.72 * turn(4).real + 1j * turn(4).imag],
+        "star": [turn(10, 0.42)],
+        "cross": [0.95 * np.concatenate([arm * 1j**quarter for quarter in range(4)])],
+        "ring": [0.95 * circle, 0.5 * circle],
+        "heart": [heart / 17 - 0.1j],
+        "moon": [0.95 * circle, 0.5 + 0.8 * circle],
+        "arrow": [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])]}
+
+
 class Shapes:
     """
-    The built-in data set: ten flat figures of random size and place, seven colours on six soft backgrounds.
-
-    Item `i` is always the same figure, of class i % 10, whatever the size it is rendered at; training and held-out
-    items are drawn from different seeds. Rendered on first use; small ones are kept.
+    The built-in data set: ten flat figures of random size and place, seven colours on six soft backgrounds. Item `i` is always the same
+    figure, of class i % 10, whatever the size it is rendered at; training and held-out items are drawn from different seeds.
     """
 
-    classes = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart", "moon", "arrow"]
+    figures = outlines()
+    classes = list(figures)
     colours = [(214, 40, 57), (240, 120, 20), (250, 196, 20), (38, 150, 80), (20, 140, 170), (40, 70, 190), (130, 60, 170)]
     backgrounds = [(250, 240, 225), (225, 238, 250), (228, 245, 228), (250, 228, 232), (238, 230, 248), (236, 236, 236)]
 
     def __init__(self, size, train):
-        self.size, self.train, self.kept = size, train, {}
+        self.size, self.train = size, train
 
     def __len__(self):
         return 20_000 if self.train else 2_000
 
-    @staticmethod
-    def outline(name):
-        """Polygons within the unit circle, as complex numbers, y downwards: the figure, and what is cut out of it."""
-        def turn(n, inner=1.0):  # n points round the circle, the first one up; every second one at the radius `inner`
-            return np.exp(2j * np.pi * (np.arange(n) / n - 0.25)) * np.where(np.arange(n) % 2, inner, 1.0)
-
-        circle, t = turn(96), np.linspace(0, 2 * np.pi, 96, endpoint=False)
-        heart = 16 * np.sin(t) ** 3 + 1j * (-13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t))
-        arm = np.array([-0.36 - 1j, 0.36 - 1j, 0.36 - 0.36j])
-        return {
-            "circle": [0.9 * circle],
-            "square": [0.8 * np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j])],
-            "triangle": [turn(3) + 0.2j],
-            "diamond": [0.72 * turn(4).real + 1j * turn(4).imag],
-            "star": [turn(10, 0.42)],
-            "cross": [0.95 * np.concatenate([arm * 1j**quarter for quarter in range(4)])],
-            "ring": [0.95 * circle, 0.5 * circle],
-            "heart": [heart / 17 - 0.1j],
-            "moon": [0.95 * circle, 0.5 + 0.8 * circle],
-            "arrow": [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])],
-        }[name]
-
     def __getitem__(self, index):
         label = index % len(self.classes)
-        if index in self.kept:
-            return self.kept[index], label
         rng = random.Random(f"{'train' if self.train else 'held-out'} {index}")
         radius = rng.uniform(0.24, 0.42)  # of the image's side
         center = rng.uniform(radius + 0.02, 0.98 - radius) + 1j * rng.uniform(radius + 0.02, 0.98 - radius)
         figure, ground = (Image.new("RGB", (self.size,) * 2, rng.choice(colours)) for colours in (self.colours, self.backgrounds))
         fine = 8 * self.size  # anti-aliasing: drawn 8 times as large, then averaged
         mask = Image.new("L", (fine, fine))
-        for polygon, fill in zip(self.outline(self.classes[label]), (255, 0)):
+        for polygon, fill in zip(self.figures[self.classes[label]], (255, 0)):
             ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in (center + radius * polygon) * fine], fill=fill)
-        image = Image.composite(figure, ground, mask.reduce(8))
-        if self.size <= 64:  # larger ones would fill the memory
-            self.kept[index] = image
-        return image, label
+        return Image.composite(figure, ground, mask.reduce(8)), label
 
 
 def upright_rgb(image):
@@ -134,14 +127,12 @@ def upright_rgb(image):
 
 def crop_square(image, size, rng=None, view=0, views=1):
     """
-    A size x size crop of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while
-    it is twice as long or longer, then bicubic, and the center taken.
-    With `rng`, a random 0.8 to 1.0 of the shorter side, at a random place, flipped half the time; where that would
-    enlarge a small image, more of it, so that nothing is learned from blur.
-    Else number `view` of the fixed `views`: 1, the center; 2, and its mirror image; 10, of the central square at 1.1 times
-    the size the center and four corners, and their mirror images.
-
-    Sources: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233 (scaling, random crop); LlamaGen (ten crops).
+    A size x size crop of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while it is twice as long
+    or longer, then bicubic, and the center taken.
+    With `rng`, a random 0.8 to 1.0 of the shorter side (of a small image more, so that nothing is learned from blur), flipped half the time.
+    Else number `view` of the fixed `views`: 1, the center; 2, and its mirror image; 10, as LlamaGen's: of the central square at 1.1 times the
+    size the center and four corners, and their mirror images.
+    Source: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233.
     """
     short = int(1.1 * size) if views == 10 else size
     if rng:
@@ -211,13 +202,13 @@ class ImageData(torch.utils.data.Dataset):
 class Folder:
     """A folder as a source of PIL images: of class folders, or flat (one class). Files stay closed until asked for."""
 
-    suffixes = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"}
 
     def __init__(self, path):
         require(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
-        self.folders = self.class_folders(path)
-        self.samples = [(p, label) for label, folder in enumerate(self.folders or [path]) for p in self.files(folder)]
-        self.classes = [p.name for p in self.folders or [path]]
+        folders = self.class_folders(path) or [path]
+        self.classes = [folder.name for folder in folders]
+        self.samples = [(p, label) for label, folder in enumerate(folders) for p in self.files(folder)]
         require(self.samples, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
 
     @classmethod
@@ -256,7 +247,7 @@ def load_data(name_or_path, image_size, train):
         parts = path / "train", path / "val"
         if all(p.is_dir() for p in parts):
             names = [[p.name for p in Folder.class_folders(part)] for part in parts]
-            require(names[0] == names[1], f"{parts[0]} and {parts[1]} hold other class folders ({len(names[0])} and {len(names[1])})")
+            require(names[0] == names[1], f"{parts[0]} and {parts[1]} hold different class folders ({len(names[0])} and {len(names[1])})")
             source, origin = Folder(parts[not train]), f"{parts[not train]}"
         else:
             source, origin = Folder(path), f"{path}, all of it (too few to hold any out)"
@@ -269,12 +260,8 @@ def load_data(name_or_path, image_size, train):
     takes = inspect.signature(make).parameters if make else ()
     require("root" in takes, f"--data {name_or_path}: no such folder, and torchvision has no data set of that name "
                              "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
-    if "train" in takes:
-        parts = [{"train": train}]
-    elif "split" in takes:
-        parts = [{"split": name} for name in (("train", "trainval") if train else ("val", "test", "valid"))]
-    else:
-        parts = [{}]
+    splits = ("train", "trainval") if train else ("val", "test", "valid")
+    parts = [{"train": train}] if "train" in takes else [{"split": name} for name in splits if "split" in takes] or [{}]
     options = {"root": Path(torch.hub.get_dir()) / "datasets"} | ({"download": True} if "download" in takes else {})
     for part in parts:
         with (explained(f"--data {name_or_path}: torchvision could not get its part {part}", "; download it elsewhere and give its folder"),
@@ -283,9 +270,8 @@ def load_data(name_or_path, image_size, train):
             break
     else:
         raise UserError(f"--data {name_or_path}: torchvision's {make.__name__} has none of the parts {parts}")
-    labels = getattr(source, "labels", getattr(source, "targets", []))
-    classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(labels, default=-1)) + 1)]
-    require(classes, f"--data {name_or_path}: torchvision's {make.__name__} does not list its classes; save its images as a folder")
+    with explained(f"--data {name_or_path}: torchvision's {make.__name__} does not list its classes", "; save its images as a folder"):
+        classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(getattr(source, "labels", getattr(source, "targets", [])))) + 1)]
     return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train,
                      f"torchvision's {make.__name__}, {part or 'the whole'}")
 
@@ -299,6 +285,25 @@ def to_uint8(images):
 # Transformer blocks, for adapters and GPT alike
 
 
+def rotary_table(grid, head_dim):
+    """
+    (2, 1 + grid^2, head_dim): cos, and sin as (-sin, sin) for each pair, of the class token and then the grid, row by row. The first
+    half of the interleaved pairs turns by the row, the other by the column. The class token's are zeros, as in the official
+    code: it turns query and key into zero vectors, so that every position attends to the class with a score of 0.
+    """
+    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
+    angle = torch.arange(grid)[:, None] * frequency
+    angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], 1)  # (grid^2, head_dim/2)
+    cos, sin = angle.cos().repeat_interleave(2, 1), torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
+    return F.pad(torch.stack([cos, sin]), (0, 0, 1, 0))
+
+
+def rotate(x, table):
+    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
+    cos, sin = table
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: (B, T, C) -> (B, T, C); causal, rotary and cached where the GPT asks for it."""
 
@@ -308,10 +313,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
 
     def forward(self, x, rotary=None, cache=None, at=0):
-        """
-        rotary: see rotate. cache (2, B, heads, length, C/heads): keys and values of the `at` positions before x, which
-        adds its own.
-        """
+        """rotary: see rotate. cache (2,B,heads,length,e): keys and values of the `at` positions before x, which is one position then and adds its own."""
         B, T, C = x.shape
         qk, (v,) = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).split([2, 1])
         q, k = qk if rotary is None else rotate(qk, rotary)  # (B, heads, T, e) each, as v is
@@ -332,6 +334,17 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        hidden = -(-int(8 * width / 3) // 256) * 256  # rounded up to a multiple of 256
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -410,10 +423,9 @@ class FQGANConfig:
     teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks; follows from the teachers
 
     def __post_init__(self):
-        for name in ("k", "codebook_size", "codebook_dim", "image_size", "patch_size", "channels", "res_blocks", "z_channels",
-                     "norm_groups", "adapter_width", "adapter_heads"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.adapter_depth >= 0, f"adapter_depth is {self.adapter_depth}; it must be at least 0")
+        for f in fields(self):
+            low = 0 if f.name in ("adapter_depth", "disc_start") else 1
+            require(f.type is not int or getattr(self, f.name) >= low, f"{f.name} is {getattr(self, f.name)}; it must be at least {low}")
         require(self.downsample > 1 and self.downsample.bit_count() == 1 and self.downsample % self.patch_size == 0,
                 f"downsample {self.downsample} must be a power of two, and a multiple of patch_size {self.patch_size}")
         require(self.image_size % self.downsample == 0,
@@ -457,18 +469,14 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
-            contexts = functools.partial(create_selective_checkpoint_contexts, self.keep)
-            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+            keep_convolutions = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep_convolutions)
         return self.residual(x)
 
     def residual(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
-
-    @staticmethod
-    def keep(context, operation, *args, **options):
-        return CheckpointPolicy.MUST_SAVE if operation == torch.ops.aten.convolution.default else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class AttnBlock(nn.Module):
@@ -610,24 +618,25 @@ def at_once(codes):
 
 
 class Entropy(torch.autograd.Function):
-    """entropy_loss, with its own backward pass: the (n, V) assignments exist a few rows at a time and are computed again for it."""
+    """
+    Mean entropy of the soft assignments p = softmax(-|z - code|^2 / temperature), minus the entropy of their mean: MAGVIT-v2's entropy penalty.
+    z (n,d) and codes (V,d) of unit length -> (scalar, each vector's nearest code (n,), which the same pass finds). The (n,V) assignments
+    exist a few rows at a time and are computed again for the backward pass: memory does not grow with n.
+    """
 
     @staticmethod
-    def parts(z, codes, temperature, results):
-        """
-        Yields, some rows of z at a time: the rows (r,d), these of `results` (n,...), logits (r,V), p = softmax(logits), logsumexp(logits) (r,1),
-        each row's largest logit (r,1).
-        """
+    def parts(z, codes, temperature):
+        """Yields, some rows of z at a time: the rows (r,d), logits (r,V), p = softmax(logits); logsumexp and argmax of the logits, (r,1) each."""
         scaled = codes.T * (2 / temperature)  # |z - code|^2 = 2 - 2 cosine
-        for rows, result in zip(z.split(at_once(codes)), results.split(at_once(codes))):
+        for rows in z.split(at_once(codes)):
             logits = rows @ scaled
             p, (top, at) = logits.softmax(1), logits.max(1, keepdim=True)
-            yield rows, result, logits, p, top - p.gather(1, at).log(), at  # logsumexp without a second exp
+            yield rows, logits, p, top - p.gather(1, at).log(), at  # logsumexp without a second exp
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
-        entropy, total, ids = 0, 0, torch.empty(len(z), dtype=torch.long, device=z.device)
-        for _, found, logits, p, log_sum, at in Entropy.parts(z, codes, temperature, ids):
+        entropy, total, ids = 0, 0, torch.empty(len(z), dtype=torch.long, device=z.device)  # not a list, which would leave holes in the memory
+        for (_, logits, p, log_sum, at), found in zip(Entropy.parts(z, codes, temperature), ids.split(at_once(codes))):
             entropy = entropy + (log_sum.squeeze(1) - torch.linalg.vecdot(p, logits)).sum()
             total = total + p.sum(0)
             found.copy_(at.squeeze(1))
@@ -635,7 +644,7 @@ class Entropy(torch.autograd.Function):
         ctx.save_for_backward(z, codes, mean)
         ctx.mark_non_differentiable(ids)
         ctx.temperature = temperature
-        return entropy / len(z) + (mean * (mean + 1e-5).log()).sum(), ids
+        return entropy / len(z) + (mean * (mean + 1e-5).log()).sum(), ids  # 1e-5 keeps the log finite
 
     @staticmethod
     def backward(ctx, gradient, _):
@@ -643,7 +652,7 @@ class Entropy(torch.autograd.Function):
         of_mean = (mean + 1e-5).log() + mean / (mean + 1e-5)
         gradient_z, gradient_codes = torch.empty_like(z), torch.zeros_like(codes)
         with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
-            for rows, its_gradient, logits, p, log_sum, _ in Entropy.parts(z, codes, ctx.temperature, gradient_z):
+            for (rows, logits, p, log_sum, _), its_gradient in zip(Entropy.parts(z, codes, ctx.temperature), gradient_z.split(at_once(codes))):
                 slope = logits.neg_().add_(of_mean).add_(log_sum)  # of_mean - log p, the derivative by p but for a constant
                 slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
                 torch.mm(slope, codes, out=its_gradient)
@@ -652,20 +661,11 @@ class Entropy(torch.autograd.Function):
         return gradient_z * scale, gradient_codes * scale, None
 
 
-def entropy_loss(z, codes, temperature):
-    """
-    Mean entropy of the soft assignments p = softmax(-|z - code|^2 / temperature), minus the entropy of their mean.
-    z (n, d) and codes (V, d) of unit length -> (scalar, each vector's nearest code (n,), which the same pass finds). Memory does not grow with n.
-    MAGVIT-v2 eq. 4; 1e-5 keeps the outer log finite.
-    """
-    return Entropy.apply(z, codes, temperature)
+entropy_loss = Entropy.apply
 
 
 def disentangle_loss(quantized):
-    """
-    Mean over the pairs of sub-codebooks of the mean squared cosine between their codes of one position; 0 for k=1.
-    quantized: list of k tensors (B,d,h,w) -> scalar. Sec. 3.2, "Disentanglement".
-    """
+    """Mean squared cosine between the codes (B,d,h,w) that k sub-codebooks choose for a position, over all pairs; 0 for k=1. Sec. 3.2."""
     unit = [F.normalize(q.float(), dim=1) for q in quantized]
     pairs = [(a * b).sum(1).square().mean() for i, a in enumerate(unit) for b in unit[:i]]
     return sum(pairs) / len(pairs) if pairs else unit[0].new_zeros(())
@@ -712,7 +712,6 @@ class Branch(nn.Module):
 class FQGAN(nn.Module):
     """
     The factorized tokenizer: images (B,3,H,W) in [-1,1] <-> ids (B,k,h,w) in [0, codebook_size).
-
     Along k: the low-level sub-codebook first, then those that a teacher supervises.
     """
 
@@ -729,9 +728,10 @@ class FQGAN(nn.Module):
 
     def initialize(self):
         """
-        linear layers  N(0, 0.02), biases 0        positions  N(0, 1/sqrt(width))
-        convolutions   PyTorch's own               codes      uniform, then unit length
-        stems          PyTorch's own: smaller, they would drown in the positions
+        linear layers                N(0, 0.02) within 2 units, biases 0
+        convolutions, stems          PyTorch's own: smaller stems would drown in the positions
+        positions, class embeddings  N(0, 1/sqrt(width)), in ViT
+        codes                        uniform, then unit length, in Quantizer
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "stem" not in name:
@@ -750,13 +750,6 @@ class FQGAN(nn.Module):
     def paint(self, quantized):
         """list of k (B,d,h,w) -> images (B,3,H,W)"""
         return self.decoder(self.post_quant_conv(torch.cat(quantized, 1))).float()
-
-    def take_counts(self):
-        """How often each code was chosen in training since the last call: (k, V)."""
-        counts = torch.stack([b.quantizer.counts for b in self.branches])
-        for branch in self.branches:
-            branch.quantizer.counts.zero_()
-        return counts
 
     @torch.no_grad()
     def encode(self, images):
@@ -805,7 +798,7 @@ class LPIPS(nn.Module):
     Source: Zhang et al., https://arxiv.org/abs/1801.03924, eq. 1.
     """
 
-    taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layers of VGG-16 after whose ReLU features are taken, and their channels
+    taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the ReLUs of VGG-16 whose output is taken, and its channels
     vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
     lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "d507d7349b931f0638a25a48a722f98a")
 
@@ -828,33 +821,24 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, images, others):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):  # the originals need none
-            maps = self.maps(images)
-        return sum(((a - b).square() * lin.weight).sum(1).mean((1, 2)) for a, b, lin in zip(maps, self.maps(others), self.lin))
+        return sum(((a - b).square() * lin.weight).sum(1).mean((1, 2)) for a, b, lin in zip(self.maps(images), self.maps(others), self.lin))
 
 
-class Discriminator(nn.Module):
-    """
-    PatchGAN: images (B,3,H,W) -> (B,1,h,w), one judgement for each overlapping patch of 70 pixels.
-    Source: Isola et al., https://arxiv.org/abs/1611.07004, sec. 3.2.2.
-    """
+class Discriminator(nn.Sequential):
+    """PatchGAN: images (B,3,H,W) -> (B,1,h,w), a judgement for each overlapping patch of 70 pixels. Isola et al., arXiv 1611.07004, sec. 3.2.2."""
 
     def __init__(self, channels=64, layers=3):
-        super().__init__()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         main = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
             main += [nn.Conv2d(c_in, c_out, 4, stride=2 if i < layers - 1 else 1, padding=1, bias=False),
                      nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
-        self.main = nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        super().__init__(OrderedDict(main=nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))))  # named as in published files
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
-
-    def forward(self, images):
-        return self.main(images)
 
 
 def hinge_loss(real, fake):
@@ -946,36 +930,6 @@ class GPTConfig:
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
-def rotary_table(grid, head_dim):
-    """
-    (2, 1 + grid^2, head_dim): cos, and sin as (-sin, sin) for each pair, of the class token and then the grid, row by row. The first
-    half of the interleaved pairs turns by the row, the other by the column. The class token's are zeros, as in the official
-    code: it turns query and key into zero vectors, so that every position attends to the class with a score of 0.
-    """
-    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
-    angle = torch.arange(grid)[:, None] * frequency
-    angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], 1)  # (grid^2, head_dim/2)
-    cos, sin = angle.cos().repeat_interleave(2, 1), torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
-    return F.pad(torch.stack([cos, sin]), (0, 0, 1, 0))
-
-
-def rotate(x, table):
-    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
-    cos, sin = table
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        hidden = -(-int(8 * width / 3) // 256) * 256  # rounded up to a multiple of 256
-        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
-
-
 class GPT(nn.Module):
     """
     FAR, sec. 3.3: a LLaMA-style trunk over positions, then for each position a small causal transformer, the head,
@@ -1027,7 +981,7 @@ class GPT(nn.Module):
         for block in self.trunk:
             x = block(x, rotary=self.rotary[:, :P])
         x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
-        for block in self.head:
+        for block in self.head:  # as in the official code by the same table: the trunk's output stands where the class token did
             x = block(x, rotary=self.rotary[:, :k])
         x = self.norm(x).view(B, P, k, -1)
         logits = torch.stack([output(x[:, :, i]) for i, output in enumerate(self.outputs)], 1).float()  # (B, k, P, V)
@@ -1051,46 +1005,42 @@ class GPT(nn.Module):
             require(len(knobs[name]) == c.k, f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
             require(min(knobs[name]) >= 0, f"{name} is {value}; it must be at least 0")
         require(0 < min(knobs["top_p"]) <= max(knobs["top_p"]) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
-        was_training = self.training
-        self.eval()
         guided = max(knobs["cfg_scale"]) > 1
-        rows = (lambda x: torch.cat([x, x])) if guided else (lambda x: x)
         ids = labels.new_empty(B, c.k, c.grid**2)
         labels = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels
-        x = self.class_embedding(labels)[:, None]  # (B, 1, D), and so is every x below
+        x = self.class_embedding(labels)[:, None]  # (B, 1, D), guided (2B, 1, D); and so is every x below
         rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(x.device)  # float32, whatever the weights are
-
-        def with_caches(blocks, length):
-            return [(block, x.new_empty(2, len(x), c.n_head, length, c.n_embd // c.n_head)) for block in blocks]
-
-        trunk, head = with_caches(self.trunk, c.grid**2), with_caches(self.head, c.k)
-        with packed(self, len(x)):
+        caches = {block: x.new_empty(2, len(x), c.n_head, length, c.n_embd // c.n_head)
+                  for blocks, length in ((self.trunk, c.grid**2), (self.head, c.k)) for block in blocks}
+        with sampling(self, len(x)):
             for p in range(c.grid**2):
-                for block, cache in trunk:
-                    x = block(x, rotary=rotary[:, p:p + 1], cache=cache, at=p)
+                for block in self.trunk:
+                    x = block(x, rotary=rotary[:, p:p + 1], cache=caches[block], at=p)
                 embedded = []
                 for i in range(c.k):
-                    for block, cache in head:
-                        x = block(x, rotary=rotary[:, i:i + 1], cache=cache, at=i)
+                    for block in self.head:
+                        x = block(x, rotary=rotary[:, i:i + 1], cache=caches[block], at=i)
                     logits = self.outputs[i](self.norm(x))[:, 0].float()
                     if guided:
                         logits, null = logits.chunk(2)
                         if knobs["cfg_scale"][i] > 1:
                             logits = null + knobs["cfg_scale"][i] * (logits - null)
                     ids[:, i, p] = sample(logits, knobs["temperature"][i], knobs["top_k"][i], knobs["top_p"][i], generator)
-                    x = self.token_embeddings[i](rows(ids[:, i, p]))[:, None]
+                    x = self.token_embeddings[i](ids[:, i, p].repeat(1 + guided))[:, None]
                     embedded.append(x)
                 x = self.aggregate(torch.cat(embedded, -1))
-        self.train(was_training)
         return ids.unflatten(2, (c.grid, c.grid))
 
 
 @contextlib.contextmanager
-def packed(model, rows):
+def sampling(model, rows):
     """
-    While sampling on a CPU, linear layers multiply their `rows` inputs with copies of their weights in oneDNN's own order: with as few
-    as that the time is that of reading the weights, and so it is halved.
+    Eval mode for as long as it samples. On a CPU its linear layers then multiply their `rows` inputs with copies of their weights in oneDNN's
+    own order: with as few as that the time is that of reading the weights, and so it is halved.
     """
+    was_training = model.training
+    model.eval()
+
     def able(weight):
         return (type(weight) is nn.Parameter and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # not sharded, see --fsdp
                 and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
@@ -1102,6 +1052,7 @@ def packed(model, rows):
     try:
         yield
     finally:
+        model.train(was_training)
         for layer in layers:
             del layer.forward
 
@@ -1126,21 +1077,13 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 
 def load_tokenizer(path, device="cpu"):
-    """
-    A trained FQGAN in eval mode; ours, or a published one of FQGAN's or LlamaGen's. Raises UserError for a file that is missing, damaged or
-    something else.
-    """
+    """A trained FQGAN in eval mode: ours, or a published one of FQGAN's or LlamaGen's. UserError where the file holds none."""
     return build(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
 
 
 def load_gpt(path, device="cpu", grid=None):
-    """
-    A trained GPT in eval mode; ours, or a published one (FAR's, LlamaGen's class-conditional ones). grid: positions a side, for files that do
-    not say theirs (16 is assumed). Raises UserError for a file that is missing, damaged or something else.
-    """
-    state = load_checkpoint(path, "gpt")
-    state["config"].setdefault("grid", grid or 16)
-    return build(GPT, GPTConfig, state, path, device)
+    """A trained GPT in eval mode: ours, FAR's or LlamaGen's (class-conditional). grid: positions a side, for files that do not say theirs (else 16)."""
+    return build(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device, grid=grid or 16)
 
 
 def load_checkpoint(path, kind):
@@ -1162,10 +1105,10 @@ def load_checkpoint(path, kind):
     return contents
 
 
-def build(model_class, config_class, state, path, device="cpu"):
-    """The model that a checkpoint's `config` and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
+def build(model_class, config_class, state, path, device="cpu", **defaults):
+    """The model that a checkpoint's `config` (over `defaults`) and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
     with explained(f"{path}: weights and config do not fit this version"):
-        config, weights = config_class(**state["config"]), state.get("ema") or state["model"]
+        config, weights = config_class(**defaults | state["config"]), state.get("ema") or state["model"]
         blocks = sum(getattr(config, name, 0) for name in ("k", "n_layer", "head_layers", "adapter_depth", "res_blocks"))
         require(blocks <= len(weights), f"{path}: its config describes more blocks than it has weights")
         with torch.device("meta"):  # a file with absurd sizes is refused before they take memory
@@ -1227,12 +1170,9 @@ GPT_NAMES = {
 
 
 def rename(state, names):
-    """A state dict under other names."""
-    def one(name):
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        return name
-    return {one(name): tensor for name, tensor in state.items()}
+    for pattern, replacement in names.items():
+        state = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
+    return state
 
 
 def count(state, pattern):
@@ -1246,9 +1186,9 @@ def read_published(contents, path):
     The moving average of the weights is taken where there is one. Raises UserError for a file that is nearly one.
     """
     state = next((contents[n] for n in ("ema", "model", "module", "state_dict") if isinstance(contents.get(n), dict) and contents[n]), contents)
-    state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", n)}
-    require("cls_embedding.cap_proj.fc1.weight" not in state, f"{path} is a text-conditional GPT; only class-conditional ones are supported")
     with explained(f"{path} looks like a published checkpoint, but cannot be used"):
+        state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", n)}
+        require("cls_embedding.cap_proj.fc1.weight" not in state, f"{path} is a text-conditional GPT; only class-conditional ones are supported")
         if "encoder.conv_in.weight" in state and "post_quant_conv.weight" in state:
             return published_tokenizer(state)
         if "cls_embedding.embedding_table.weight" in state:

@@ -208,8 +208,8 @@ def test_counts_are_true_and_taken_once():
     with torch.no_grad():
         model(images_like(model.config, 3))
         model.eval().encode(images_like(model.config))
-    counts = model.take_counts()
-    assert counts.sum(1).tolist() == [3 * 16] * 2 and model.take_counts().sum() == 0
+    counts = train_tokenizer.take_counts(model)
+    assert counts.sum(1).tolist() == [3 * 16] * 2 and train_tokenizer.take_counts(model).sum() == 0
     share, perplexity = train_tokenizer.usage(torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [8, 0, 0, 0]]))
     assert share.tolist() == [0.5, 1.0, 0.25] and np.allclose(perplexity, [2, 4, 1])
 
@@ -539,12 +539,13 @@ def test_gpt_config_refuses(options, message):
 
 def test_both_scripts_make_what_they_say(trained, capsys):
     out = trained
-    assert sorted(p.name for p in out.iterdir()) == ["gpt.1.pt", "gpt.pt", "gpt_log.csv", "log.csv", "recon.png", "samples.png", "tokenizer.1.pt", "tokenizer.pt",
+    assert sorted(p.name for p in out.iterdir()) == ["gpt.1.pt", "gpt.pt", "gpt_log.csv", "gpt_log.png", "log.csv", "log.png", "recon.png", "samples.png", "tokenizer.1.pt", "tokenizer.pt",
                                                       "tokens_train.json", "tokens_train.npy", "tokens_val.json", "tokens_val.npy"]
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [r["step"] for r in rows] == ["1", "2", "2", "3", "4", "4"] and float(rows[-1]["val_psnr"]) > 3
     assert all(math.isclose(float(r["loss"]), sum(float(r[n]) for n in ("reconstruct", "codebook", "commit", "entropy", "disentangle")), rel_tol=1e-3)
                for r in rows if r["loss"])
+    assert Image.open(out / "log.png").size == (3 * 340, 4 * 200), "eleven figures: loss and its five terms, usage, perplexity, and three of the evaluation"
     model = fqgan.load_tokenizer(out / "tokenizer.pt")
     assert not model.training and model.config.k == 2 and Image.open(out / "recon.png").height > 4 * 96
     gpt, tokenizer, classes = sample.load_generator(out / "gpt.pt")
@@ -1579,6 +1580,8 @@ def test_evaluate_a_tokenizer(tmp_path, trained, monkeypatch, capsys):
     assert figures["rfid"] is None and "pt_inception" in figures["missing"]["rfid"] and "no route to host" in figures["missing"]["lpips"] and "n/a" in text
     assert {"psnr", "ssim", "usage_1", "perplexity_2", "probe_1", "mutual_information_1_2", "mutual_information_1_2_by_chance"} <= figures.keys()
     assert Image.open(tmp_path / "e.png").height == 4 + 4 * 100
+    maps = np.asarray(Image.open(tmp_path / "e_codes.png").convert("L"))
+    assert maps.shape == (640 + 2 * 18, 2 * (640 + 18) + 18) and (maps[:, :650] < 255).mean() > 0.001 and (maps[:, 670:] < 255).mean() > 0.001, "patches on both maps"
     model, data = fqgan.load_tokenizer(trained / "tokenizer.pt"), load_data("shapes", 16, False)
     images = torch.stack([data[i][0] for i in train_tokenizer.fixed_draw(data)[:50]])
     ids = model.encode(images)
@@ -1748,7 +1751,7 @@ def benchmarks():
 
     def gpt_sampling(plain=False, dtype="float32"):
         if plain:
-            fqgan.packed = lambda *_: contextlib.nullcontext()
+            fqgan.sampling = lambda *_: contextlib.nullcontext()
         model = GPT(GPTConfig(grid=8)).eval().to(train_tokenizer.DTYPES[dtype])
         return lambda: model.generate(torch.arange(4), cfg_scale=2.0), 1
 
@@ -1893,7 +1896,7 @@ def faults_checkpoints(folder, rng, n=1000):
 
 def faults_kills(folder, rng, n=30):
     """A run killed at random moments, also while it writes, and resumed each time ends as one never killed."""
-    flags = [*TINY_RUN, "--k", 2, "--steps", 400, "--eval-every", 1, "--log-every", 3]
+    flags = [*TINY_RUN, "--k", 2, "--steps", 2000, "--eval-every", 1, "--log-every", 3]
     call(train_tokenizer, *flags, "--out", folder / "whole")
     kills, writing, done = 0, 0, False
     while not done:
@@ -1908,6 +1911,7 @@ def faults_kills(folder, rng, n=30):
             process.wait()
             kills += 1
             writing += (folder / "cut" / "tokenizer.pt.tmp").exists()
+    assert kills == n, f"the run was over after {kills} kills"
     a, b = (torch.load(folder / name / "tokenizer.pt", weights_only=True) for name in ("whole", "cut"))
     assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and (folder / "whole" / "log.csv").read_text() == (folder / "cut" / "log.csv").read_text()
     return f"{kills} kills, {writing} of them while a checkpoint was written: weights, optimizer and log to the bit those of a run never killed"

@@ -1,5 +1,5 @@
 """
-Trains the factorized GPT on a tokenizer's codes into out/gpt.pt, with out/samples.png and out/gpt_log.csv beside it.
+Trains the factorized GPT on a tokenizer's codes into out/gpt.pt; beside it out/samples.png, and out/gpt_log.csv with its curves in out/gpt_log.png.
 The images are encoded once, into out/tokens_train.npy and out/tokens_val.npy.
 
 $ python train_gpt.py                                                    # after `python train_tokenizer.py --k 3`

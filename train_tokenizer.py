@@ -1,5 +1,5 @@
 """
-Trains the factorized tokenizer into out/tokenizer.pt, with out/recon.png and out/log.csv beside it.
+Trains the factorized tokenizer into out/tokenizer.pt; beside it out/recon.png, and out/log.csv with its curves in out/log.png.
 
 $ python train_tokenizer.py --k 3                                        # built-in shapes, minutes on a laptop
 $ python train_tokenizer.py --data photos/ --preset fqgan-ds16           # the paper's recipe, on one GPU
@@ -11,6 +11,7 @@ import copy
 import csv
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import shutil
@@ -181,6 +182,36 @@ def save_grid(path, rows, tile=96):
         for c, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
             picture = Image.fromarray(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
             sheet.paste(picture, (margin + c * step, gap + r * step))
+    sheet.save(path)
+
+
+def save_curves(path, log_path, size=(340, 200), columns=3):
+    """Draws a log: a panel for each figure, the sub-codebooks' together, from its smallest to its largest value."""
+    with open(log_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    panels = {}  # name -> the points of one curve or of several
+    for name in rows[0].keys() - {"step", "lr"} if rows else ():
+        points = [(int(r["step"]), float(r[name])) for r in rows if r[name] and math.isfinite(float(r[name]))]
+        panels.setdefault(name.rstrip("_0123456789"), {})[name] = points
+    panels = {name: panels[name] for name in sorted(panels, key=lambda n: (n.startswith("val_"), n != "loss", n)) if any(panels[name].values())}
+    (width, height), fine = size, 3  # drawn larger, then averaged: smooth lines
+    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
+    for i, (name, curves) in enumerate(panels.items()):
+        xs, ys = zip(*(point for points in curves.values() for point in points))
+        left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+        panel = Image.new("RGB", (width * fine, height * fine), "white")
+        draw, inner = ImageDraw.Draw(panel), (62, 26, width - 14, height - 22)
+        draw.rectangle([fine * v for v in inner], outline=(200, 200, 200), width=2)
+        for (_, points), colour in zip(sorted(curves.items()), itertools.cycle([(38, 110, 190), (220, 90, 30), (40, 150, 80), (140, 70, 170)])):
+            at = [(fine * (inner[0] + (inner[2] - inner[0]) * (x - left) / max(1, right - left)),
+                   fine * (inner[3] - (inner[3] - inner[1]) * (y - low) / (high - low or 1))) for x, y in points]
+            draw.line(at if len(at) > 1 else at * 2, fill=colour, width=4, joint="curve")
+        panel, corner = panel.reduce(fine), (i % columns * width, i // columns * height)
+        sheet.paste(panel, corner)
+        write, font = ImageDraw.Draw(sheet).text, ImageFont.load_default(12)
+        for (x, y), text, anchor in ((inner[:2], f"{high:.4g}", "rt"), ((inner[0], inner[3]), f"{low:.4g}", "rb"), ((inner[0], inner[3] + 5), left, "lt"),
+                                     ((inner[2], inner[3] + 5), f"step {right}", "rt"), ((inner[0], 18), name.replace("_", " "), "ls")):
+            write((corner[0] + x - 5 * (anchor[0] == "r" and x == inner[0]), corner[1] + y), str(text), fill="black", font=font, anchor=anchor)
     sheet.save(path)
 
 
@@ -618,6 +649,7 @@ class Run:
         self.save(**extra)
         if not self.interrupted:
             paint()
+            save_curves(self.log_path.with_suffix(".png"), self.log_path) if self.rank == 0 else None
 
     def save(self, **extra):
         """Writes the checkpoint: all tracked parts, where the run stands, its settings, and `extra`."""
@@ -703,6 +735,14 @@ def start_from(model, path):
         missing, unexpected = model.load_state_dict(weights, strict=False)
         others = [n for n in missing + unexpected if ".head." not in n]
         require(not others, f"--init {path}: does not fit the model that the flags describe ({len(others)} weights such as {others[:1]})")
+
+
+def take_counts(model):
+    """How often each code was chosen in training since the last call: (k, V)."""
+    counts = torch.stack([b.quantizer.counts for b in model.branches])
+    for branch in model.branches:
+        branch.quantizer.counts.zero_()
+    return counts
 
 
 @torch.no_grad()
@@ -800,7 +840,7 @@ def main():
                 with run.autocast():
                     losses["discriminator"] = config.disc_weight * hinge_loss(parallel_disc(images), parallel_disc(reconstruction.detach()))
                 run.backward({"discriminator": losses["discriminator"]})
-            run.record(losses, model.take_counts())
+            run.record(losses, take_counts(model))
         run.update(*[(model, optimizer), (disc, disc_optimizer)][:1 + adversarial])
         run.average(ema, model)
         run.log()
