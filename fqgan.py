@@ -1038,23 +1038,22 @@ def sampling(model, rows):
     Eval mode for as long as it samples. On a CPU its linear layers then multiply their `rows` inputs with copies of their weights in oneDNN's
     own order: with as few as that the time is that of reading the weights, and so it is halved.
     """
-    was_training = model.training
-    model.eval()
-
     def able(weight):
         return (type(weight) is nn.Parameter and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # not sharded, see --fsdp
                 and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
-    layers = [] if torch.is_autocast_enabled("cpu") else [m for m in model.modules() if isinstance(m, nn.Linear) and able(m.weight)]
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias, attr="none", scalars=[], algorithm="")
+    was_training = model.training
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and able(m.weight) and rows and not torch.is_autocast_enabled("cpu")]
     try:
+        model.eval()
+        for layer in layers:
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias, attr="none", scalars=[], algorithm="")
         yield
     finally:
         model.train(was_training)
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
