@@ -433,16 +433,15 @@ class Run:
         """The module as the training step calls it: compiled if asked for, gradients averaged over the ranks."""
         if module is None:
             return None
-        sharded = isinstance(module, FSDPModule)
-        if sharded:
+        called = torch.compile(module) if self.compile else module
+        if isinstance(module, FSDPModule):
             self.parallel_parts.append(module)
-        module = torch.compile(module) if self.compile else module
-        if self.world > 1 and not sharded:
+        elif self.world > 1:
             takes = inspect.signature(DistributedDataParallel).parameters  # renamed in PyTorch 2.15
             option = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
-            module = DistributedDataParallel(module, **{option: False})
-            self.parallel_parts.append(module)
-        return module
+            called = DistributedDataParallel(called, **{option: False})
+            self.parallel_parts.append(called)
+        return called
 
     def loader(self, data, batches):
         return DataLoader(data, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda",
