@@ -489,7 +489,7 @@ def from_uint8(images):
 
 @torch.no_grad()
 def reconstruction(options, missing):
-    """The figures of a tokenizer, and a picture."""
+    """The figures of a tokenizer, a picture of reconstructions and one of its sub-codebooks' maps."""
     path = Path(options.tokenizer)
     tokenizer = load_tokenizer(path, options.device)
     c, rng = tokenizer.config, np.random.default_rng(0)
@@ -642,7 +642,7 @@ def save_maps(path, tokenizer, seen, side=640, tile=18, most=2000):
         chosen = [j for j in number.argsort().tolist() if number[j]][-most:]
         patches = to_uint8(F.pixel_shuffle((total[chosen, :-1] / number[chosen, None])[:, :, None, None], d)).permute(0, 2, 3, 1).numpy()
         codes = codes[chosen] - codes[chosen].mean(0)
-        places = codes @ torch.linalg.svd(codes, full_matrices=False).Vh[:2].T
+        places = F.pad(codes @ torch.linalg.svd(codes, full_matrices=False).Vh.T, (0, 2))[:, :2]  # zeros, where there are fewer than two
         places = (places - places.amin(0)) / (places.amax(0) - places.amin(0)).clamp(min=1e-6) * (side - tile) + tile
         for patch, (x, y) in zip(patches, places.tolist()):
             sheet.paste(Image.fromarray(patch).resize((tile, tile), Image.Resampling.NEAREST), (round(x) + i * (side + tile), round(y)))
@@ -696,7 +696,7 @@ def main():
     add("--data", help="`shapes`, a folder, or a torchvision name (default: what the checkpoint was trained on)")
     add("--n", "--count", type=int, help="images: held-out ones, drawn at random (default: all), or samples (default: 5000); under torchrun, "
         "which takes --n for one of its own flags, write --count")
-    add("--out", help="the picture (default: evaluate.png beside the checkpoint)")
+    add("--out", help="the picture; a tokenizer's maps get _codes added to its name (default: evaluate.png beside the checkpoint)")
     add("--json", metavar="FILE", help="write the figures there too")
     add("--inception", metavar="FILE", help="the FID network's weights (default: fetched once)")
     add("--vgg", metavar="FILE", help="VGG-16's weights, for LPIPS (default: fetched once)")

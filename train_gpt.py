@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, UserError, build, flag, load_tokenizer, require
+from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, build, flag, load_tokenizer, require
 from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, reserve, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
@@ -77,7 +77,8 @@ class Tokens(torch.utils.data.Dataset):
             dist.barrier()
         self.path, self.records = path, np.load(path, mmap_mode="r+")
         self.encode(data, tokenizer, crops, run)
-        require(self.records["done"].all(), f"{path}: {int((~self.records['done']).sum())} images are not encoded: are all processes writing to one disk?")
+        missing = int((~self.records["done"]).sum())
+        require(not missing, f"{path}: {missing} images are not encoded: are all processes writing to one disk?")
 
     def __getstate__(self):  # a process that loads data maps the file itself
         return vars(self) | {"records": None}
@@ -168,7 +169,7 @@ def main():
     require(settings["crops"] in (1, 2, 10), f"--crops {settings['crops']}: choose 1, 2 or 10")
     require(0 <= settings["cfg_scale"] < math.inf, f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
     run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
-    require(run.world > 1 or not settings["fsdp"], "--fsdp shards the model over several processes: start them with torchrun")
+    require(run.world > 1 or not settings["fsdp"], "--fsdp shards the model over several processes: start them with torchrun, or add --no-fsdp")
     if checkpoint:  # a GPT goes on with the tokenizer whose codes it speaks
         tokenizer = build(FQGAN, FQGANConfig, checkpoint["tokenizer"], run.path, run.device)
     else:

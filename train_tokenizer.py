@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -200,12 +201,14 @@ def save_curves(path, log_path, size=(340, 200), columns=3):
         xs, ys = zip(*(point for points in curves.values() for point in points))
         left, right, low, high = min(xs), max(xs), min(ys), max(ys)
         panel = Image.new("RGB", (width * fine, height * fine), "white")
-        draw, inner = ImageDraw.Draw(panel), (62, 26, width - 14, height - 22)
+        draw, inner = ImageDraw.Draw(panel), (72, 26, width - 14, height - 22)
         draw.rectangle([fine * v for v in inner], outline=(200, 200, 200), width=2)
         for (_, points), colour in zip(sorted(curves.items()), itertools.cycle([(38, 110, 190), (220, 90, 30), (40, 150, 80), (140, 70, 170)])):
             at = [(fine * (inner[0] + (inner[2] - inner[0]) * (x - left) / max(1, right - left)),
                    fine * (inner[3] - (inner[3] - inner[1]) * (y - low) / (high - low or 1))) for x, y in points]
-            draw.line(at if len(at) > 1 else at * 2, fill=colour, width=4, joint="curve")
+            draw.line(at, fill=colour, width=4)
+            if at:
+                draw.circle(at[-1], 6, fill=colour)  # the last point, or the only one
         panel, corner = panel.reduce(fine), (i % columns * width, i // columns * height)
         sheet.paste(panel, corner)
         write, font = ImageDraw.Draw(sheet).text, ImageFont.load_default(12)
@@ -409,9 +412,10 @@ class Run:
                     state = self.checkpoint[name]
                     if isinstance(part, FSDPModule):
                         state = {n: sharded(state[n], like) for n, like in part.state_dict().items()}
+                    if isinstance(part, torch.optim.Optimizer):  # before it is loaded, which moves it to the device
+                        weights = [p for group in part.param_groups for p in group["params"]]
+                        state = state | {"state": {i: {n: sharded(value, weights[i]) for n, value in kept.items()} for i, kept in state["state"].items()}}
                     part.load_state_dict(state)
-                    for p, kept in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                        kept.update({n: sharded(value, p) for n, value in kept.items()})
             self.step, before = self.checkpoint["step"], self.checkpoint.get("world", self.world)
             if before != self.world:
                 self.say(f"resumed on {self.world} processes, begun on {before}: the same batches in the same order, dealt anew; dropout and what is computed "
@@ -424,9 +428,10 @@ class Run:
         Each process keeps a share of the model's weights, and so of gradients and optimizer state, and gathers those of one of `blocks` while it
         works in it (FSDP2). To be called before the optimizer is made. A checkpoint holds the whole tensors, as without.
         """
+        mesh = init_device_mesh(self.device.type, (self.world,))
         for block in blocks:
-            fully_shard(block)
-        fully_shard(model, reshard_after_forward=True)  # else the whole is left gathered after an evaluation
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else what is in no block stays gathered after an evaluation
         register_fsdp_forward_method(model, "generate")
 
     def parallel(self, module):
@@ -434,9 +439,7 @@ class Run:
         if module is None:
             return None
         called = torch.compile(module) if self.compile else module
-        if isinstance(module, FSDPModule):
-            self.parallel_parts.append(module)
-        elif self.world > 1:
+        if self.world > 1 and not isinstance(module, FSDPModule):
             takes = inspect.signature(DistributedDataParallel).parameters  # renamed in PyTorch 2.15
             option = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
             called = DistributedDataParallel(called, **{option: False})
@@ -472,7 +475,7 @@ class Run:
         """This rank's share of eval_images of `data`, drawn at random but always the same, on the device."""
         draw = fixed_draw(data)[:self.eval_images]
         if any(isinstance(part, FSDPModule) for part in self.parts.values()):  # whose processes must make as many batches
-            draw = draw[:max(1, len(draw) // self.world) * self.world]
+            draw = draw[:len(draw) // self.world * self.world] or draw[:1] * self.world
         share = draw[self.rank::self.world]
         size = max(1, self.batch_size // (self.world * self.accumulate))
         return map(self.to_device, self.loader(data, [share[i:i + size] for i in range(0, len(share), size)]))
@@ -517,9 +520,8 @@ class Run:
     def micro_batches(self):
         """This step's batches on the device; ranks exchange gradients in the last one's backward pass only."""
         for i in range(self.accumulate):
-            last = i == self.accumulate - 1
-            for part in self.parallel_parts:
-                part.set_requires_gradient_sync(last) if isinstance(part, FSDPModule) else setattr(part, "require_backward_grad_sync", last)
+            for part in self.parallel_parts:  # a sharded model exchanges them every time: whole gradients might not fit
+                part.require_backward_grad_sync = i == self.accumulate - 1
             yield self.to_device(next(self.batches))
 
     def backward(self, losses):
@@ -626,10 +628,12 @@ class Run:
                 rows = list(csv.DictReader(open(self.log_path, newline=""))) if (self.columns or self.resume) and self.log_path.exists() else []
                 rows = [r for r in rows if int(r["step"]) <= (self.step if self.columns else self.first)] + [row]
                 self.columns = list(dict.fromkeys(name for r in rows for name in r if name))
-                with open(self.log_path, "w", newline="") as file:
+                temporary = Path(f"{self.log_path}.tmp")
+                with open(temporary, "w", newline="") as file:
                     writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                     writer.writeheader()
                     writer.writerows(rows)
+                os.replace(temporary, self.log_path)
         except OSError as error:
             raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
         if self.events is not None:
