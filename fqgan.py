@@ -1101,6 +1101,9 @@ def load_checkpoint(path, kind):
         contents = read_published(contents, path)
     found = contents.get("kind")
     require(found == kind, f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
+    config = contents.get("config")
+    require(isinstance(config, dict) and all(isinstance(value, (int, float, str, list, tuple)) for value in config.values()),  # no endless tensors
+            f"{path}: weights and config do not fit this version (it has no config of plain values)")
     return contents
 
 

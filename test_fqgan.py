@@ -789,17 +789,22 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
     state = torch.load(trained / "tokenizer.pt", weights_only=True)
     torch.save(state | {"config": state["config"] | {"codebook_size": 64}}, tmp_path / "other.pt")
     torch.save(state | {"config": state["config"] | {"colour": "red"}}, tmp_path / "newer.pt")
+    torch.save(state | {"config": state["config"] | {"teacher_widths": torch.zeros(1).expand(10**7, 10**6)}}, tmp_path / "endless.pt")
+    torch.save({n: state[n] for n in state.keys() - {"config"}}, tmp_path / "bare.pt")
 
     class Hostile:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'touched'}",)
     torch.save({"kind": "tokenizer", "model": Hostile()}, tmp_path / "hostile.pt")
     for name, message in (("cut", "damaged, cut off"), ("text", "damaged"), ("list", "not a tokenizer checkpoint"), ("other", "do not fit"),
-                          ("newer", "do not fit"), ("hostile", "damaged"), ("missing", "python train_tokenizer.py")):
+                          ("newer", "do not fit"), ("endless", "do not fit"), ("bare", "do not fit"), ("hostile", "damaged"), ("missing", "python train_tokenizer.py")):
         with pytest.raises(UserError, match=message) as error:
             fqgan.load_tokenizer(tmp_path / f"{name}.pt")
         assert "\n" not in str(error.value)
-    assert not (tmp_path / "touched").exists()
+    for name in ("newer", "endless", "bare", "hostile"):
+        with pytest.raises(UserError):
+            call(train_tokenizer, "--init", tmp_path / f"{name}.pt", "--out", tmp_path / "out")
+    assert not (tmp_path / "touched").exists() and not (tmp_path / "out" / "tokenizer.pt").exists()
     with pytest.raises(UserError, match="not a tokenizer checkpoint but a gpt's"):
         fqgan.load_tokenizer(trained / "gpt.pt")
     with pytest.raises(UserError, match="not a gpt checkpoint but a tokenizer's"):

@@ -299,7 +299,9 @@ def parse(doc, presets, filename, kind, *groups):
     given = vars(parser.parse_args())
     preset = presets[given.pop("preset")] if "preset" in given else {}
     if given.get("init"):  # shape and loss weights are the checkpoint's
-        config = asdict(groups[0](**load_checkpoint(given["init"], kind)["config"]))
+        saved = load_checkpoint(given["init"], kind)["config"]
+        with explained(f"--init {given['init']}: its config does not fit this version"):
+            config = asdict(groups[0](**saved))
         preset = (preset or presets[first]) | {name: value for name, value in config.items() if name in every and name != "recompute"}
     if "epochs" in given:
         preset = (preset or presets[first]) | {"steps": 0}
