@@ -9,6 +9,7 @@ $ torchrun --nproc-per-node=8 train_tokenizer.py --data imagenet/ --preset fqgan
 import argparse
 import copy
 import csv
+import gc
 import hashlib
 import inspect
 import itertools
@@ -56,6 +57,8 @@ def cli(main):
     try:
         main()
         if dist.is_initialized():
+            dist.barrier()  # all end together, and what main() left of the group is gone before it: else its threads may outlive Python
+            gc.collect()
             dist.destroy_process_group()
         return
     except UserError as error:  # a data loader's worker sends its whole traceback along: keep the last line
