@@ -13,6 +13,7 @@ Sources:
 4) SSIM: Wang et al. 2004, with scikit-image's default window and sample covariance
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -232,70 +233,43 @@ def progress(batches, what, total):
 # Sets of images: items are (image uint8 (3,H,W), label)
 
 
-class FolderImages:
-    """Every image below a folder; all must have the size of the first."""
-
-    def __init__(self, path):
-        self.files = Folder.files(path)
-        require(self.files, f"{path} holds no image")
-        self.size = None
-        self.size = self[0][0].shape
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        name = self.files[index]
-        with explained(f"{str(name)!r} cannot be read", ": mend or remove it"), Image.open(name) as file:
-            image = torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1)
-        height, width = (self.size or image.shape)[1:]
-        require(image.shape[1:] == (height, width), f"{str(name)!r} is {image.shape[2]}x{image.shape[1]}, the first of its set {width}x{height}: all must have one size")
-        return image, 0
+def read_file(name, size=None):
+    with explained(f"{str(name)!r} cannot be read", ": mend or remove it"), Image.open(name) as file:
+        image = torch.from_numpy(np.array(upright_rgb(file))).permute(2, 0, 1)
+    height, width = size or image.shape[1:]
+    require(image.shape[1:] == (height, width),
+            f"{str(name)!r} is {image.shape[2]}x{image.shape[1]}, the first of its set {width}x{height}: all must have one size")
+    return image, 0
 
 
-class ArrayImages:
-    def __init__(self, array):
-        self.array = array
-
-    def __len__(self):
-        return len(self.array)
-
-    def __getitem__(self, index):
-        return torch.from_numpy(np.array(self.array[index])).permute(2, 0, 1), 0
+def read_array(pixels):
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1), 0
 
 
-class DataImages:
-    """The images of one of load_data's sets that `indices` name, with their labels, center-cropped."""
-
-    def __init__(self, data, indices):
-        self.data, self.indices = data, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, number):
-        image, label = self.data.view(self.indices[number])
-        return to_uint8(image), label
+def read_data(data, index):
+    """Of one of load_data's sets, center-cropped, with its label."""
+    images, label = data.crops(index)
+    return to_uint8(images[0]), label
 
 
 class ImageSet(torch.utils.data.Dataset):
     """
-    Items are (number, image, label). `files` hold all that makes the set what it is, else its name does; `place` is where its statistics
-    are kept, less an ending; `statistics`: mu and sigma, where a file brings its own.
+    Items are (number, image, label): read(item) for each of `items`. `files` hold all that makes the set what it is, else its name does;
+    `place` is where its statistics are kept, less an ending; `statistics`: mu and sigma, where a file brings its own.
     """
 
-    def __init__(self, name, images, files, place, statistics=()):
-        self.name, self.images, self.files, self.place, self.statistics = name, images, files, place, dict(statistics)
+    def __init__(self, name, items, read, files, place, statistics=()):
+        self.name, self.items, self.read, self.files, self.place, self.statistics = name, items, read, files, place, dict(statistics)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.items)
 
     def __getitem__(self, number):
-        return number, *self.images[number]
+        return number, *self.read(self.items[number])
 
     def batches(self, size):
         """This rank's share: (numbers, images uint8 (B,3,H,W), labels)"""
-        workers = min(8, (os.cpu_count() or 1) // world()) if len(self.files) > 1000 else 0
+        workers = min(8, (os.cpu_count() or 1) // world()) if len(self) > 1000 and self.read is not read_array else 0
         return torch.utils.data.DataLoader(self, batch_sampler=shares(len(self), size), num_workers=workers)
 
     def digest(self):
@@ -303,7 +277,7 @@ class ImageSet(torch.utils.data.Dataset):
         files = [(os.path.relpath(p, self.place.parent), stamp(p)) for p in self.files]
         digest = hashlib.sha256(f"{len(self)} {files or self.name}".encode(errors="surrogateescape"))
         for i in range(min(8, len(self))):
-            digest.update(self.images[i][0].numpy().tobytes())
+            digest.update(self[i][1].numpy().tobytes())
         return digest
 
 
@@ -311,15 +285,17 @@ def part_of(data, indices):
     """The ImageSet of the images of one of load_data's sets that `indices` name."""
     files = [Path(data.source.samples[i][0]) for i in indices] if isinstance(data.source, Folder) else []
     place = Path(os.path.commonpath([p.parent for p in files])).resolve() if files else Path(torch.hub.get_dir()) / "statistics" / "set"
-    return ImageSet(f"{len(indices)} images of {data.origin}", DataImages(data, indices), files, place)
+    return ImageSet(f"{len(indices)} images of {data.origin}", indices, functools.partial(read_data, data), files, place)
 
 
 def open_set(path):
     """The ImageSet of a folder, or of an .npz as ADM's: images arr_0, statistics mu and sigma, or both. UserError for anything else."""
     path = Path(path)
     if path.is_dir():
-        images = FolderImages(path)
-        return ImageSet(f"{path} ({len(images)} images)", images, images.files, path.resolve())
+        files = Folder.files(path)
+        require(files, f"{path} holds no image")
+        size = read_file(files[0])[0].shape[1:]
+        return ImageSet(f"{path} ({len(files)} images)", files, functools.partial(read_file, size=size), files, path.resolve())
     require(path.exists(), f"{path}: no such file or folder")
     require(path.is_file() and path.suffix == ".npz", f"{path}: give a folder of images, or an .npz of images (arr_0) or statistics (mu, sigma)")
     array, statistics = np.empty((0, 1, 1, 3), np.uint8), {}
@@ -337,7 +313,7 @@ def open_set(path):
         mu, sigma = statistics.values()
         require(mu.ndim == 1 and sigma.shape == mu.shape * 2, f"{path}: mu is {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)")
     require(len(array) or statistics, f"{path} holds no images")
-    return ImageSet(f"{path} ({len(array)} images)" if len(array) else str(path), ArrayImages(array), [path], path.resolve(), statistics)
+    return ImageSet(f"{path} ({len(array)} images)" if len(array) else str(path), array, read_array, [path], path.resolve(), statistics)
 
 
 def map_array(path, name):
@@ -511,12 +487,12 @@ def reconstruction(options, missing):
     real = reference(images, network, options) if network else {}
     fakes = Features(network) if network else None
 
-    seen = [torch.zeros(c.codebook_size, 3 * c.downsample**2 + 1) for _ in range(c.k)]  # of each code: its patches added up, and their number
+    seen = torch.zeros(c.k, c.codebook_size, 3 * c.downsample**2 + 1, device=options.device)  # of each code: its patches added up, and their number
 
     def compare(numbers, batch, ids):
-        patches = F.pixel_unshuffle(batch, c.downsample).permute(0, 2, 3, 1).flatten(0, 2).cpu()
+        patches = F.pad(F.pixel_unshuffle(batch, c.downsample).permute(0, 2, 3, 1).flatten(0, 2), (0, 1), value=1.0)
         for i, total in enumerate(seen):
-            total.index_add_(0, ids[:, i].flatten().cpu(), F.pad(patches, (0, 1), value=1.0))
+            total.index_add_(0, ids[:, i].flatten(), patches)
         painted = to_uint8(tokenizer.decode(ids))
         if fakes:
             fakes.add(numbers, painted)
@@ -524,11 +500,13 @@ def reconstruction(options, missing):
         return [metric(batch, painted).cpu().double() for metric in metrics.values()]
 
     labels, ids, *scores = codes_of(images, tokenizer, options, "reconstructing", compare) or [None] * 2
-    seen = gather(torch.stack(seen))
+    seen = gather(seen.cpu())
     fake = fakes.finish() if fakes else {}
-    reason = "the data has no classes" if len(held_out.classes) < 2 else "there is no training part apart" if train.origin == held_out.origin else \
-        "the training part has other classes" if train.classes != held_out.classes else None
-    probe = [] if reason else codes_of(part_of(train, fixed_draw(train)[:10_000]), tokenizer, options, "codes for the probe")
+    reasons = {"the data has no classes": len(held_out.classes) < 2, "there is no training part apart": train.origin == held_out.origin,
+               "the training part has other classes": train.classes != held_out.classes}
+    reason = next((words for words, applies in reasons.items() if applies), None)
+    to_learn_from = fixed_draw(train)[:min(10_000, 5 * options.n) if options.n else 10_000]
+    probe = [] if reason else codes_of(part_of(train, to_learn_from), tokenizer, options, "codes for the probe")
     if rank():
         return {}
 
@@ -576,6 +554,7 @@ def generation(options, missing):
         reals = part_of(data, fixed_draw(data))
     say(f"{name} against {reals.name}")
     figures = {}
+    require(options.fake or len(reals.statistics.get("mu", range(2048))) == 2048, f"{reals.name} holds statistics of other features than the FID network's 2048")
     if fakes is not None and fakes.statistics and not len(fakes) and reals.statistics:  # nothing that a network would be needed for
         missing |= {n: "these are statistics, no images" for n in ("inception_score", "inception_score_deviation", "precision", "recall")}
         return {"fid": frechet_distance(*reals.statistics.values(), *fakes.statistics.values())}
@@ -605,7 +584,8 @@ def generation(options, missing):
         lacking = next((n for n, x in ((reals.name, real), (name, fake)) if "features" not in x), None)
         try:
             require(not lacking, f"{lacking} holds statistics, no images")
-            figures["precision"], figures["recall"] = precision_recall(real["features"], fake["features"])
+            device = options.device if options.device.type == "cuda" else "cpu"  # of others, not all know float64
+            figures["precision"], figures["recall"] = precision_recall(*(torch.as_tensor(x["features"], device=device) for x in (real, fake)))
         except UserError as error:
             missing |= {n: str(error) for n in ("precision", "recall")}
         if "logits" in fake:
@@ -627,7 +607,7 @@ def neighbours(options, path, shown, reals, every, fake, real):
     nearest = distance.topk(min(3, len(real)), largest=False).indices
     rows = [("sample", shown)] + [(name, torch.stack([F.interpolate(reals[int(i) * every][1][None].float(), shown.shape[2:])[0] for i in column]))
                                   for name, column in zip(("nearest real", "second", "third"), nearest.T)]
-    draw(options, path, save_grid, [(name, from_uint8(images)) for name, images in rows])
+    draw(options, path, save_grid, [(name, from_uint8(images)) for name, images in rows], suffix="_neighbours")
 
 
 def save_maps(path, tokenizer, seen, side=640, tile=18, most=2000):
@@ -694,15 +674,16 @@ def main():
     add("--real", help="real images to measure against: a folder, or an .npz as ADM's (default with --gpt: the training images)")
     add("--fake", help="a folder or an .npz: measured against --real")
     add("--data", help="`shapes`, a folder, or a torchvision name (default: what the checkpoint was trained on)")
-    add("--n", "--count", type=int, help="images: held-out ones, drawn at random (default: all), or samples (default: 5000); under torchrun, "
-        "which takes --n for one of its own flags, write --count")
-    add("--out", help="the picture; a tokenizer's maps get _codes added to its name (default: evaluate.png beside the checkpoint)")
+    add("--n", "--count", type=int, help="images: held-out ones, drawn at random (default: all), for the probe five times as many training ones (at most "
+        "10000); or samples (default: 5000); under torchrun, which takes --n for one of its own flags, write --count")
+    add("--out", help="the picture of reconstructions; _codes is added to the name for the maps, _neighbours for samples and the real images "
+        "nearest to them (default: evaluate.png beside the checkpoint, or in out/)")
     add("--json", metavar="FILE", help="write the figures there too")
     add("--inception", metavar="FILE", help="the FID network's weights (default: fetched once)")
     add("--vgg", metavar="FILE", help="VGG-16's weights, for LPIPS (default: fetched once)")
     add("--lpips", metavar="FILE", help="the weights of LPIPS v0.1's linear layers (default: fetched once)")
     options = parse_knobs(parser)
-    require(bool(options.real) >= bool(options.fake) and not (options.fake and options.gpt) and (not options.real or options.fake or options.gpt),
+    require((not options.fake or options.real and not options.gpt) and (not options.real or options.fake or options.gpt),
             "--real and --fake go together, or --real with --gpt")
     require(not options.fake or not (options.n or options.data or options.tokenizer),
             "--n, --data and --tokenizer say nothing of --real and --fake, which are taken whole")

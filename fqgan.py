@@ -9,7 +9,7 @@ Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
    sec. 3.2: factorized quantization, disentanglement, representation learning; sec. 3.3: the GPT's head
 2) VQGAN: Esser et al., Taming Transformers, https://arxiv.org/abs/2012.09841 (encoder, decoder, adversarial loss)
-3) LlamaGen: Sun et al., https://arxiv.org/abs/2406.06525 (l2-normalized codes of dimension 8, entropy loss off)
+3) LlamaGen: Sun et al., https://arxiv.org/abs/2406.06525 (l2-normalized codes of dimension 8; the GPT's trunk, 2-D rotary positions, guidance)
 4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss)
 """
 
@@ -64,7 +64,7 @@ def explained(message, advice=""):
 
 
 def outlines():
-    """The figures of Shapes: polygons within the unit circle, as complex numbers, y downwards: the figure, and what is cut out of it."""
+    """The figures of Shapes, as complex numbers, y downwards: a polygon within the square from -1-1j to 1+1j, and what is cut out of it."""
     def turn(n, inner=1.0):  # n points round the circle, the first one up; every second one at the radius `inner`
         return np.exp(2j * np.pi * (np.arange(n) / n - 0.25)) * np.where(np.arange(n) % 2, inner, 1.0)
 
@@ -125,13 +125,13 @@ def upright_rgb(image):
     return image.convert("RGB")
 
 
-def crop_square(image, size, rng=None, view=0, views=1):
+def crop_square(image, size, rng=None, views=1):
     """
-    A size x size crop of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while it is twice as long
-    or longer, then bicubic, and the center taken.
-    With `rng`, a random 0.8 to 1.0 of the shorter side (of a small image more, so that nothing is learned from blur), flipped half the time.
-    Else number `view` of the fixed `views`: 1, the center; 2, and its mirror image; 10, as LlamaGen's: of the central square at 1.1 times the
-    size the center and four corners, and their mirror images.
+    A list of size x size crops of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while it is twice
+    as long or longer, then bicubic, and the center taken.
+    With `rng` one, of a random 0.8 to 1.0 of the shorter side (of a small image more, so that nothing is learned from blur), flipped half the
+    time. Else of `views` 1 the center; of 2 its mirror image too; of 10, as LlamaGen's, of the central square at 1.1 times the size the center
+    and four corners, and then their mirror images.
     Source: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233.
     """
     short = int(1.1 * size) if views == 10 else size
@@ -144,14 +144,13 @@ def crop_square(image, size, rng=None, view=0, views=1):
     scale = short / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     if rng:
-        left, top = (rng.randint(0, side - size) for side in image.size)
-        mirrored = rng.random() < 0.5
+        boxes = [(*(rng.randint(0, side - size) for side in image.size), rng.random() < 0.5)]
     else:
-        at = [(0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1)][view % 5 if views == 10 else 0]  # from the center
-        left, top = ((side - size + direction * (short - size)) // 2 for side, direction in zip(image.size, at))
-        mirrored = views > 1 and view >= views // 2
-    image = image.crop((left, top, left + size, top + size))
-    return ImageOps.mirror(image) if mirrored else image
+        places = [(0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1)] if views == 10 else [(0, 0)]  # from the center
+        boxes = [(*((side - size + way * (short - size)) // 2 for side, way in zip(image.size, place)), mirrored)
+                 for mirrored in (False, True)[:views] for place in places]
+    crops = [(image.crop((left, top, left + size, top + size)), mirrored) for left, top, mirrored in boxes]
+    return [ImageOps.mirror(crop) if mirrored else crop for crop, mirrored in crops]
 
 
 class ImageData(torch.utils.data.Dataset):
@@ -172,14 +171,15 @@ class ImageData(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         index, draw = index if isinstance(index, tuple) else (index, "")
-        return self.view(index, rng=random.Random(f"{index} {draw}") if self.augment else None)
+        images, label = self.crops(index, rng=random.Random(f"{index} {draw}") if self.augment else None)
+        return images[0], label
 
     @property
     def unreadable(self):
         return int(self.failed.sum())
 
-    def view(self, index, **crop):
-        """Item `index`, cropped as crop_square's options say."""
+    def crops(self, index, **options):
+        """All that crop_square with these options makes of item `index`: (images (n,3,H,W), label)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         for i in ((index + step) % len(self) for step in range(len(self))):
@@ -187,8 +187,8 @@ class ImageData(torch.utils.data.Dataset):
                 continue
             try:
                 image, label = self.source[i]
-                image = crop_square(upright_rgb(image), self.image_size, **crop)
-                return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1), int(label)
+                images = np.stack(crop_square(upright_rgb(image), self.image_size, **options))
+                return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1), int(label)
             except Exception as error:  # PIL raises a dozen kinds
                 self.failed[i] = True
                 name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
@@ -200,7 +200,7 @@ class ImageData(torch.utils.data.Dataset):
 
 
 class Folder:
-    """A folder as a source of PIL images: of class folders, or flat (one class). Files stay closed until asked for."""
+    """A folder as a source of PIL images: of class folders (images beside them are not taken), or flat (one class). Files stay closed until asked for."""
 
     suffixes = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"}
 
@@ -299,7 +299,7 @@ def rotary_table(grid, head_dim):
 
 
 def rotate(x, table):
-    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), in float32, by table (2, T, e)."""
+    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), in the precision of table (2, T, e)."""
     cos, sin = table
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
 
@@ -313,7 +313,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
 
     def forward(self, x, rotary=None, cache=None, at=0):
-        """rotary: see rotate. cache (2,B,heads,length,e): keys and values of the `at` positions before x, which is one position then and adds its own."""
+        """rotary: a table for rotate. cache (2,B,heads,length,e): keys and values; its first `at` positions are filled, and x (T = 1) adds its own."""
         B, T, C = x.shape
         qk, (v,) = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).split([2, 1])
         q, k = qk if rotary is None else rotate(qk, rotary)  # (B, heads, T, e) each, as v is
@@ -396,7 +396,7 @@ def flag(default, help):
 class FQGANConfig:
     """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
 
-    k: int = flag(3, "number of sub-codebooks: 1 is VQGAN, 2 FQGAN-Dual, 3 FQGAN-Triple")
+    k: int = flag(3, "number of sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN")
     codebook_size: int = flag(16384, "codes in each sub-codebook")
     codebook_dim: int = flag(8, "numbers in a code")
     image_size: int = flag(256, "side of the square images, in pixels")
@@ -432,9 +432,8 @@ class FQGANConfig:
                 f"image_size {self.image_size} is not divisible by downsample {self.downsample}: "
                 f"{max(1, self.image_size // self.downsample) * self.downsample} is")
         levels = (self.downsample // self.patch_size).bit_length()
-        if not self.channel_mult:  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x; 1,1,1,2,2,4 at 32x
-            self.channel_mult = (1, *((1,) * levels + (2, 2, 4))[4:])
-        self.channel_mult, self.teacher_widths = tuple(self.channel_mult), tuple(self.teacher_widths)
+        self.channel_mult = tuple(self.channel_mult) or ((1,) * levels + (2, 2, 4))[-levels:]  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x
+        self.teacher_widths = tuple(self.teacher_widths)
         require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
         require(len(self.channel_mult) == levels,
                 f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; "
@@ -570,7 +569,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.commit_weight, self.entropy_weight, self.temperature = commit_weight, entropy_weight, entropy_temperature
         self.codebook = nn.Parameter(F.normalize(torch.rand(codebook_size, codebook_dim) - 0.5, dim=-1))
-        # how often each code was chosen in training since somebody last set it to zero
+        # how often each code was chosen in training, until the training script takes the counts and sets them to zero
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.long), persistent=False)
 
     def lookup(self, ids):
@@ -587,8 +586,7 @@ class Quantizer(nn.Module):
         """z (B,d,h,w) of any length -> ids (B,h,w)"""
         with torch.autocast(z.device.type, enabled=False):
             _, vectors, codes = self.on_the_sphere(z)
-            ids = torch.cat([(rows @ codes.T).argmax(1) for rows in vectors.split(at_once(codes))])
-        return ids.view(z.shape[0], *z.shape[2:])
+            return search(vectors, codes).view(z.shape[0], *z.shape[2:])
 
     def forward(self, z):
         """
@@ -599,7 +597,7 @@ class Quantizer(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             z, vectors, codes = self.on_the_sphere(z)
-            entropy, ids = entropy_loss(vectors, codes, self.temperature) if self.entropy_weight else (z.new_zeros(()), self.nearest(z))
+            entropy, ids = entropy_loss(vectors, codes, self.temperature) if self.entropy_weight else (z.new_zeros(()), search(vectors, codes))
             ids = ids.view(z.shape[0], *z.shape[2:])
             z_q = codes[ids].permute(0, 3, 1, 2)
             losses = {
@@ -615,6 +613,12 @@ class Quantizer(nn.Module):
 def at_once(codes):
     """How many vectors are compared with all codes (V,d) at a time: the (rows, V) matrix fits a CPU's cache, or takes 256 MB of a GPU."""
     return max(16, (2**18 if codes.device.type == "cpu" else 2**26) // len(codes))
+
+
+@torch.no_grad()
+def search(vectors, codes):
+    """vectors (n,d) and codes (V,d) of unit length -> the number of each vector's nearest code (n,)"""
+    return torch.cat([(rows @ codes.T).argmax(1) for rows in vectors.split(at_once(codes))])
 
 
 class Entropy(torch.autograd.Function):
@@ -635,7 +639,8 @@ class Entropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
-        entropy, total, ids = 0, 0, torch.empty(len(z), dtype=torch.long, device=z.device)  # not a list, which would leave holes in the memory
+        entropy, total = 0, 0
+        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # not a list: small tensors between large ones fragment the memory
         for (_, logits, p, log_sum, at), found in zip(Entropy.parts(z, codes, temperature), ids.split(at_once(codes))):
             entropy = entropy + (log_sum.squeeze(1) - torch.linalg.vecdot(p, logits)).sum()
             total = total + p.sum(0)
@@ -728,7 +733,7 @@ class FQGAN(nn.Module):
 
     def initialize(self):
         """
-        linear layers                N(0, 0.02) within 2 units, biases 0
+        linear layers                N(0, 0.02), biases 0
         convolutions, stems          PyTorch's own: smaller stems would drown in the positions
         positions, class embeddings  N(0, 1/sqrt(width)), in ViT
         codes                        uniform, then unit length, in Quantizer
@@ -827,18 +832,14 @@ class LPIPS(nn.Module):
 class Discriminator(nn.Sequential):
     """PatchGAN: images (B,3,H,W) -> (B,1,h,w), a judgement for each overlapping patch of 70 pixels. Isola et al., arXiv 1611.07004, sec. 3.2.2."""
 
-    def __init__(self, channels=64, layers=3):
-        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
-        main = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
-            main += [nn.Conv2d(c_in, c_out, 4, stride=2 if i < layers - 1 else 1, padding=1, bias=False),
-                     nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
-        super().__init__(OrderedDict(main=nn.Sequential(*main, nn.Conv2d(widths[-1], 1, 4, padding=1))))  # named as in published files
+    def __init__(self):
+        main = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            main += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
+        super().__init__(OrderedDict(main=nn.Sequential(*main, nn.Conv2d(512, 1, 4, padding=1))))  # named as in published files
         for module in self.main:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+            if not isinstance(module, nn.LeakyReLU):
+                nn.init.normal_(module.weight, 0.0 if isinstance(module, nn.Conv2d) else 1.0, 0.02)
 
 
 def hinge_loss(real, fake):
@@ -923,8 +924,9 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.n_embd % (4 * self.n_head) == 0, f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
-        require(self.head_layers >= (self.k > 1), f"head_layers is {self.head_layers}; with k={self.k} the head must have at least {int(self.k > 1)} block")
+        require(self.n_embd % (4 * self.n_head) == 0,
+                f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
+        require(self.head_layers >= (self.k > 1), f"head_layers is {self.head_layers}; with k={self.k} it must be at least {int(self.k > 1)}")
         require(self.k <= 1 + self.grid**2, f"k={self.k} codes are more than the {1 + self.grid**2} rotary positions of a {self.grid}x{self.grid} grid")
         for name in ("dropout", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -933,7 +935,7 @@ class GPTConfig:
 class GPT(nn.Module):
     """
     FAR, sec. 3.3: a LLaMA-style trunk over positions, then for each position a small causal transformer, the head,
-    over its k codes. The trunk's input at a position is the projected concatenation of the k codes before it.
+    over its k codes. The trunk's input at a position is the projected concatenation of the position before's k codes; at the first, the class.
     """
 
     def __init__(self, config):
@@ -981,7 +983,7 @@ class GPT(nn.Module):
         for block in self.trunk:
             x = block(x, rotary=self.rotary[:, :P])
         x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
-        for block in self.head:  # as in the official code by the same table: the trunk's output stands where the class token did
+        for block in self.head:  # rows 0 to k-1 of the same table, as in the official code: row 0, all zeros, falls on the trunk's output
             x = block(x, rotary=self.rotary[:, :k])
         x = self.norm(x).view(B, P, k, -1)
         logits = torch.stack([output(x[:, :, i]) for i, output in enumerate(self.outputs)], 1).float()  # (B, k, P, V)
@@ -1003,13 +1005,13 @@ class GPT(nn.Module):
         for name, value in knobs.items():
             knobs[name] = list(value) if isinstance(value, (list, tuple)) else [value] * c.k
             require(len(knobs[name]) == c.k, f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
-            require(min(knobs[name]) >= 0, f"{name} is {value}; it must be at least 0")
+            require(all(0 <= v < 1e30 for v in knobs[name]), f"{name} is {value}; it must be a finite number of at least 0")
         require(0 < min(knobs["top_p"]) <= max(knobs["top_p"]) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
         guided = max(knobs["cfg_scale"]) > 1
         ids = labels.new_empty(B, c.k, c.grid**2)
         labels = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels
         x = self.class_embedding(labels)[:, None]  # (B, 1, D), guided (2B, 1, D); and so is every x below
-        rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(x.device)  # float32, whatever the weights are
+        rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(x.device)  # float32; self.rotary is cast with the weights
         caches = {block: x.new_empty(2, len(x), c.n_head, length, c.n_embd // c.n_head)
                   for blocks, length in ((self.trunk, c.grid**2), (self.head, c.k)) for block in blocks}
         with sampling(self, len(x)):
@@ -1035,15 +1037,14 @@ class GPT(nn.Module):
 @contextlib.contextmanager
 def sampling(model, rows):
     """
-    Eval mode for as long as it samples. On a CPU its linear layers then multiply their `rows` inputs with copies of their weights in oneDNN's
-    own order: with as few as that the time is that of reading the weights, and so it is halved.
+    Eval mode while sampling. On a CPU, linear layers then use copies of their weights packed in oneDNN's own order, for about `rows` inputs at a
+    time: with so few the time goes into reading weights, and packed ones are read faster, up to twice in float32.
     """
-    def able(weight):
-        return (type(weight) is nn.Parameter and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # not sharded, see --fsdp
+    was_training, weight = model.training, model.trunk[0].attn.qkv.weight
+    packable = (rows and type(weight) is nn.Parameter and weight.device.type == "cpu"  # another type where --fsdp has sharded it
+                and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
                 and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-    was_training = model.training
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and able(m.weight) and rows and not torch.is_autocast_enabled("cpu")]
+    layers = [m for m in model.modules() if packable and isinstance(m, nn.Linear) and "forward" not in vars(m)]  # else packed by the caller
     try:
         model.eval()
         for layer in layers:
@@ -1060,7 +1061,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> one id each (B,). First temperature, then top-k, then top-p, which keeps the id that crosses p."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-5)  # less would overflow
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(int(top_k)).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -1102,7 +1103,8 @@ def load_checkpoint(path, kind):
     found = contents.get("kind")
     require(found == kind, f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
     config = contents.get("config")
-    require(isinstance(config, dict) and all(isinstance(value, (int, float, str, list, tuple)) for value in config.values()),  # no endless tensors
+    plain = (int, float, str, list, tuple)  # a tensor may be without end
+    require(isinstance(config, dict) and all(isinstance(value, plain) for value in config.values()),
             f"{path}: weights and config do not fit this version (it has no config of plain values)")
     return contents
 
@@ -1147,9 +1149,10 @@ def fetch(url, digest, local=None):
 
 def read_weights(module, path, names="(.+)"):
     """Loads a state dict from a file into `module`: the tensors whose whole name fits the pattern `names`, called by its groups."""
-    with explained(f"{path} does not hold the weights of {type(module).__name__}"):
+    with explained(f"{path} does not hold the weights that belong there"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict({".".join(m.groups()): tensor for name, tensor in state.items() if (m := re.fullmatch(names, name))})
+        matches = ((re.fullmatch(names, name), tensor) for name, tensor in state.items())
+        module.load_state_dict({".".join(match.groups()): tensor for match, tensor in matches if match})
 
 
 # Names in the files of FQGAN, FAR, LlamaGen and CLIP, and ours. Pattern: replacement, applied one after the other.
@@ -1157,14 +1160,6 @@ def read_weights(module, path, names="(.+)"):
 BLOCK_NAMES = {r"ln_(\d)": r"norm\1", r"attn\.in_proj_": "attn.qkv.", r"attn\.out_proj": "attn.proj", r"mlp\.c_fc": "mlp.fc1", r"mlp\.c_proj": "mlp.fc2",
                "ln_p": "norm_p", "positional_embedding": "positions", r"transformer\.(resblocks\.)?": "blocks."}
 TOKENIZER_NAMES = {r"conv_blocks\.": "levels.", "nin_shortcut": "shortcut", r"(down|up)sample\.": "resample.", r"proj_out\.": "attn.proj."}
-for i, (ending, adapter, head) in enumerate((  # of each sub-codebook, whatever k: how its names end, its adapter, its feature head
-        ("(?:_vis)?", "visual_head", "none"),
-        ("_sem(?:_mid)?", "semantic_head(?:_mid)?", "(?:feat_pred_head|mid_sem_feat_pred)"),
-        ("_sem_high", "semantic_head_high", "high_sem_feat_pred"))):
-    TOKENIZER_NAMES |= {
-        rf"^encoder\.{adapter}\.0\.": f"branches.{i}.adapter.", rf"^{head}\.upscale\.": f"branches.{i}.head.stem.", rf"^{head}\.": f"branches.{i}.head.",
-        rf"^encoder\.(norm|conv)_out{ending}\.": rf"branches.{i}.\1_out.", rf"^quant_conv{ending}\.": f"branches.{i}.quant_conv.",
-        rf"^quantize{ending}\.embedding\.weight": f"branches.{i}.quantizer.codebook"}
 GPT_NAMES = {
     r"^tok_embeddings(?:_(\d))?\.": lambda m: f"token_embeddings.{int(m[1] or 1) - 1}.", r"^output(?:_(\d))?\.": lambda m: f"outputs.{int(m[1] or 1) - 1}.",
     r"^cls_embedding\.embedding_table": "class_embedding", "^aggregation_layer": "aggregate", r"^layers\.": "trunk.", r"^ar_head\.": "head.",
@@ -1199,7 +1194,16 @@ def read_published(contents, path):
 
 
 def published_tokenizer(state):
-    state = rename(state, TOKENIZER_NAMES | BLOCK_NAMES)
+    names = TOKENIZER_NAMES | BLOCK_NAMES
+    parts = [("(?:_vis)?", "visual_head", None),  # of each sub-codebook, whatever k: how its names end, its adapter, its feature head
+             ("_sem(?:_mid)?", "semantic_head(?:_mid)?", "(?:feat_pred_head|mid_sem_feat_pred)"),
+             ("_sem_high", "semantic_head_high", "high_sem_feat_pred")]
+    for i, (ending, adapter, head) in enumerate(parts):
+        names |= {rf"^encoder\.{adapter}\.0\.": f"branches.{i}.adapter.", rf"^encoder\.(norm|conv)_out{ending}\.": rf"branches.{i}.\1_out.",
+                  rf"^quant_conv{ending}\.": f"branches.{i}.quant_conv.", rf"^quantize{ending}\.embedding\.weight": f"branches.{i}.quantizer.codebook"}
+        if head:
+            names |= {rf"^{head}\.upscale\.": f"branches.{i}.head.stem.", rf"^{head}\.": f"branches.{i}.head."}
+    state = rename(state, names)
     for name in [n for n in state if re.search(r"\.q\.(weight|bias)$", n)]:  # three 1x1 convolutions are one linear layer
         place, kind = name.split(".q.")
         state[f"{place}.attn.qkv.{kind}"] = torch.cat([state.pop(f"{place}.{part}.{kind}") for part in "qkv"])
@@ -1223,7 +1227,8 @@ def published_gpt(state, args):
     state = rename(state, GPT_NAMES)
     classes, width = state["class_embedding.weight"].shape
     config = dict(k=count(state, r"token_embeddings\.(\d+)"), vocab_size=len(state["outputs.0.weight"]), num_classes=classes - 1, n_embd=width,
-                  n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"), n_head=32 if width == 3200 else width // 64)
+                  n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"),
+                  n_head=32 if width == 3200 else width // 64)  # LlamaGen-3B's heads have 100 numbers, all others' 64
     if hasattr(args, "downsample_size"):
         config["grid"] = int(args.image_size) // int(args.downsample_size)
     return {"kind": "gpt", "config": config, "model": state}

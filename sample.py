@@ -9,6 +9,7 @@ $ torchrun --nproc-per-node=8 sample.py --count 50000 --npz samples.npz         
 import json
 import math
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from fqgan import FQGAN, FQGANConfig, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, require, to_uint8
-from train_tokenizer import Parser, cli, has_fast_bf16, reserve, save_grid, start
+from fqgan import FQGAN, FQGANConfig, Folder, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, require, sampling, to_uint8
+from train_tokenizer import Parser, cli, has_fast_bf16, save_grid, start
 
 
 def numbers(kind):
@@ -25,7 +26,7 @@ def numbers(kind):
     def read(text):
         values = [kind(n) for n in text.split(",")]
         return values[0] if len(values) == 1 else values
-    read.__name__ = f"{kind.__name__}, or several with commas between:"
+    read.__name__ = f"{kind.__name__}, or several with commas between:"  # argparse puts it into "invalid ... value"
     return read
 
 
@@ -53,7 +54,7 @@ def flags():
     add("--classes", help="class numbers or names, with commas between (default: all; in a grid the first 10)")
     add("--n", "--count", type=int, help="images in all, dealt to the classes in turn (default: 8 a class); under torchrun, which "
         "takes --n for one of its own flags, write --count")
-    add("--out", help="a .png for a grid, or a folder for one file an image (default: samples.png beside the GPT)")
+    add("--out", help="a picture (.png, .jpg, ...) for a grid, or a folder for one file an image (default: samples.png beside the GPT)")
     add("--npz", metavar="FILE", help="pack the images into one .npz as ADM's (arr_0, uint8 NHWC); they are kept in the folder of its name")
     return parse_knobs(parser)
 
@@ -92,12 +93,13 @@ def generate(gpt, tokenizer, labels, batches, args):
     device = gpt.rotary.device
     bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and has_fast_bf16(device)
     gpt = gpt.to(torch.bfloat16 if bf16 else torch.float32)
-    for batch in batches:
-        generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + batch.start) % 2**63)
-        ids = gpt.generate(labels[batch.start:batch.stop].to(device), args.cfg_scale, args.temperature, args.top_k, args.top_p, generator)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            images = tokenizer.decode(ids)
-        yield batch, images  # outside autocast, which would go on in the caller
+    with sampling(gpt, 2 * args.batch_size):
+        for batch in batches:
+            generator = torch.Generator(device).manual_seed((args.seed * 1_000_003 + batch.start) % 2**63)
+            ids = gpt.generate(labels[batch.start:batch.stop].to(device), args.cfg_scale, args.temperature, args.top_k, args.top_p, generator)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                images = tokenizer.decode(ids)
+            yield batch, images  # outside autocast, which would go on in the caller
 
 
 def main():
@@ -108,7 +110,7 @@ def main():
     gpt, tokenizer, names = load_generator(args.gpt, args.tokenizer, device)
 
     out = Path(args.out) if args.out else Path(args.npz).with_suffix("") if args.npz else Path(args.gpt).parent / "samples.png"
-    grid = out.suffix.lower() == ".png" and not args.npz
+    grid = out.suffix.lower() in Folder.suffixes and not args.npz
     classes = pick_classes(args.classes, names) if args.classes else list(range(min(10, len(names)) if grid else len(names)))
     total = args.n or 8 * len(classes)
     labels = torch.tensor([classes[i % len(classes)] for i in range(total)])
@@ -129,11 +131,11 @@ def main():
     if len(todo) < len(batches):
         if rank == 0:
             print(f"going on in {out}: {len(batches) - len(todo)} of {len(batches)} batches are there")
-    made, done = {}, 0
+    made, done = [], 0
     for batch, images in generate(gpt, tokenizer, labels, todo if grid else todo[rank::world], args):
         done += len(batch)
         if grid:
-            made.update(zip(batch, images.cpu()))
+            made.append(images.cpu())
         else:
             for i, image in zip(batch, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
                 temporary = files[i].with_suffix(".tmp")
@@ -148,7 +150,8 @@ def main():
     if rank:
         return
     if grid:
-        save_grid(out, [(names[c], torch.stack([made[i] for i in range(total) if int(labels[i]) == c])) for c in dict.fromkeys(labels.tolist())])
+        images = torch.cat(made)
+        save_grid(out, [(names[c], images[labels == c]) for c in dict.fromkeys(labels.tolist())])
     elif args.npz:
         pack(Path(args.npz), files)
     print(f"{total} images of {len(set(labels.tolist()))} classes in {args.npz or out}, {time.time() - began:.1f} s")
@@ -175,17 +178,14 @@ def remember(path, settings):
 
 def pack(path, files):
     """The files' pixels as arr_0 (n, H, W, 3) uint8, one image in memory at a time."""
-    first = np.asarray(Image.open(files[0]))
-    raw, whole = path.with_name(f".{path.stem}.npy"), path.with_name(f".{path.stem}.npz")
+    whole, shape = path.with_name(f".{path.stem}.npz"), (len(files), *np.asarray(Image.open(files[0])).shape)
     try:
-        array = np.lib.format.open_memmap(raw, "w+", np.uint8, (len(files), *first.shape))
-        reserve(raw)
-        for i, file in enumerate(files):
-            array[i] = np.asarray(Image.open(file))
-        np.savez(whole, arr_0=array)
+        with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:  # what np.savez writes, image by image
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for file in files:
+                member.write(np.asarray(Image.open(file)).tobytes())
         whole.replace(path)
     finally:
-        raw.unlink(missing_ok=True)
         whole.unlink(missing_ok=True)
 
 

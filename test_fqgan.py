@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import csv
+import dataclasses
 import functools
 import hashlib
 import io
@@ -19,7 +20,9 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -75,11 +78,35 @@ def call(script, *argv):
             signal.signal(number, handler)
 
 
-def shell(*argv, ranks=0, **options):
-    """Runs a script as a person would, in a process of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
-    return subprocess.run([sys.executable, *launcher, *map(str, argv)], cwd=HERE, text=True, capture_output=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+SHELL = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def shell_words(ranks, *argv):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else ["-u"]
+    return [sys.executable, *launcher, *map(str, argv)]
+
+
+def shell(*argv, ranks=0, check=True):
+    """Runs a script as a person would, in a process of its own, or in one for each rank."""
+    told = subprocess.run(shell_words(ranks, *argv), cwd=HERE, text=True, capture_output=True, timeout=240, env=SHELL)
+    assert not check or told.returncode == 0, told.stderr
+    return told
+
+
+class Hostile:
+    def __init__(self, touched):
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+load = functools.partial(torch.load, weights_only=True)
+
+
+def log_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def images_like(config, n=2):
@@ -114,6 +141,19 @@ def test_tokenizer_shapes_and_gradients(k, downsample):
     assert 0 <= ids.min() and ids.max() < 16
     assert torch.allclose(model.decode(ids), model(images)[0], atol=1e-4), "forward in eval mode is encode, then decode"
     assert torch.equal(model.decode(ids, only=range(k)), model.decode(ids))
+    others = torch.cat([ids[:, :1], (ids[:, 1:] + 1) % 16], 1)
+    assert torch.equal(model.decode(ids, only=[0]), model.decode(others, only=[0])), "of the first sub-codebook alone"
+    assert k == 1 or not torch.equal(model.decode(ids, only=[0]), model.decode(ids))
+    weighted = FQGAN(dataclasses.replace(config, commit_weight=0.3, entropy_weight=0.2, entropy_temperature=0.5, disentangle_weight=0.7))
+    weighted.load_state_dict(model.state_dict())
+    plain = [Quantizer(16, 8, 0.3, 0.2, 0.5) for _ in range(k)]
+    for branch, quantizer in zip(model.branches, plain):
+        quantizer.load_state_dict(branch.quantizer.state_dict())
+    with torch.no_grad():
+        made, quantized = weighted(images)[1], [q(z) for q, z in zip(plain, model.vectors(images))]
+    expected = {n: sum(each[n] for _, _, each in quantized) for n in ("codebook", "commit", "entropy")}
+    expected |= {"disentangle": 0.7 * disentangle_loss([z for z, _, _ in quantized]), "reconstruct": F.mse_loss(weighted(images)[0], images)}
+    assert made.keys() == expected.keys() and all(torch.allclose(made[n], expected[n], atol=1e-6) for n in made), "summed over sub-codebooks, weights included"
 
 
 @pytest.mark.parametrize("options, tensors", [
@@ -137,14 +177,6 @@ def test_without_adapters_any_size_is_taken():
         model.encode(torch.zeros(1, 3, 18, 16))
     with pytest.raises(UserError, match="positions are for 16x16"):
         FQGAN(FQGANConfig(**SMALL | dict(k=1))).encode(torch.zeros(1, 3, 24, 24))
-
-
-def test_downsampling_pads_right_and_bottom():
-    layer = fqgan.downsample(1)
-    x = torch.randn(1, 1, 4, 4)
-    padded = torch.zeros(1, 1, 5, 5)
-    padded[..., :4, :4] = x
-    assert torch.allclose(layer(x), F.conv2d(padded, layer.conv.weight, layer.conv.bias, stride=2))
 
 
 def test_quantizer_against_its_definition():
@@ -192,12 +224,13 @@ def test_entropy_in_chunks_is_the_plain_entropy():
 
 
 def test_codes_are_searched_in_float32_under_autocast():
-    """In bfloat16 one vector in fifteen finds another code; of 2,048, none agreeing by chance is a certainty."""
+    """In bfloat16 one vector in fifteen finds another code: a GPT would learn wrong tokens."""
     torch.manual_seed(0)
     q, z = Quantizer(1024, 8), torch.randn(2, 8, 32, 32)
-    plain = q(z)[1]
+    plain, bare = q(z)[1], Quantizer(1024, 8, entropy_weight=0)
+    bare.load_state_dict(q.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(q(z)[1], plain)
+        assert torch.equal(q(z)[1], plain) and torch.equal(q.nearest(z), plain) and torch.equal(bare(z)[1], plain)
     rounded = F.normalize(z, dim=1).permute(0, 2, 3, 1).reshape(-1, 8).bfloat16() @ F.normalize(q.codebook, dim=1).bfloat16().T
     assert (rounded.argmax(1) != plain.flatten()).any()
 
@@ -246,13 +279,14 @@ def test_overfits_one_batch():
     assert losses["reconstruct"].item() < 0.05 * first
 
 
-@pytest.mark.parametrize("options, message", [
+@pytest.mark.parametrize("config, options, message", [*((FQGANConfig, *row) for row in [
     (dict(k=0), "k is 0"), (dict(image_size=250), "250 is not divisible by downsample 16: 240 is"), (dict(downsample=12), "power of two"),
     (dict(channels=100), "multiples of norm_groups 32"), (dict(channel_mult=(1, 2)), "names 2 levels"), (dict(adapter_heads=7), "adapter_heads 7"),
-    (dict(downsample=4, patch_size=8), "multiple of patch_size 8"), (dict(entropy_temperature=0), "above 0")])
-def test_config_refuses(options, message):
+    (dict(downsample=4, patch_size=8), "multiple of patch_size 8"), (dict(entropy_temperature=0), "above 0")]),
+    (GPTConfig, dict(k=3, head_layers=0), "head_layers is 0; with k=3 it must be at least 1"), (GPTConfig, dict(n_embd=100), "multiple of 4 x n_head"), (GPTConfig, dict(dropout=1.0), "dropout is 1.0")])
+def test_config_refuses(config, options, message):
     with pytest.raises(UserError, match=message):
-        FQGANConfig(**options)
+        config(**options)
 
 
 # -----------------------------------------------------------------------------
@@ -316,14 +350,16 @@ def test_folders_are_split(tmp_path):
     assert [len(load_data(tmp_path / "parts", 16, part)) for part in (True, False)] == [10, 6]
 
 
-def test_recomputing_changes_nothing():
-    grads = []
+def test_recomputing_changes_nothing(monkeypatch):
+    grads, plain, calls = [], fqgan.checkpoint, []
+    monkeypatch.setattr(fqgan, "checkpoint", lambda *args, **options: calls.append(args) or plain(*args, **options))
     for recompute in (False, True):
         torch.manual_seed(0)
         model = FQGAN(FQGANConfig(**SMALL | dict(recompute=recompute)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             sum(model(images_like(model.config))[1].values()).backward()
         grads.append([p.grad for p in model.parameters()])
+        assert bool(calls) == recompute
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
@@ -344,20 +380,32 @@ def test_models_compile_as_one_graph(recompute):
 
 
 def test_crops():
-    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3))
-    image = Image.fromarray(ramp)
-    center = np.asarray(fqgan.crop_square(image, 50))
-    assert center.shape == (50, 50, 3) and abs(center[:, 0].mean() - 51) < 2 and abs(center[:, -1].mean() - 149) < 2
-    mirrored = np.asarray(fqgan.crop_square(image, 50, view=1, views=2))
-    assert np.array_equal(mirrored[:, ::-1], center)
-    ten = [np.asarray(fqgan.crop_square(image, 50, view=i, views=10)) for i in range(10)]
-    assert abs(int(ten[1][0, 0, 0]) - 50) < 4 and abs(int(ten[2][0, -1, 0]) - 150) < 4, "of the central square"
-    assert all(np.array_equal(a[:, ::-1], b) for a, b in zip(ten[:5], ten[5:]))
-    import random
-    widths = [np.ptp(np.asarray(fqgan.crop_square(image, 50, rng=random.Random(i)))[0, :, 0].astype(int)) for i in range(200)]
-    assert 76 <= min(widths) <= 83 and 95 <= max(widths) <= 101, "0.8 to 1.0 of the shorter side, 100 levels wide"
+    """Red tells a pixel's column, green its row: every view is where LlamaGen takes it, and mirrored when it should be."""
+    plane = np.stack([*np.meshgrid(np.arange(200), np.arange(100)), np.zeros((100, 200))], 2).astype(np.uint8)
+    image = Image.fromarray(plane)
+
+    def corners(picture):  # left, right, top, bottom: the original's columns and rows
+        pixels = np.asarray(picture, float)
+        assert pixels.shape == (50, 50, 3)
+        return np.array([pixels[:, 0, 0].mean(), pixels[:, -1, 0].mean(), pixels[0, :, 1].mean(), pixels[-1, :, 1].mean()])
+
+    assert np.allclose(corners(fqgan.crop_square(image, 50)[0]), [50, 149, 0, 99], atol=2)
+    assert np.allclose([corners(crop) for crop in fqgan.crop_square(image, 50, views=2)], [[50, 149, 0, 99], [149, 50, 0, 99]], atol=2)
+    ten = fqgan.crop_square(image, 50, views=10)
+    for view in range(10):  # of the central square, scaled to 55 pixels
+        x, y = [(54.5, 4.5), (50, 0), (59, 0), (50, 9), (59, 9)][view % 5]
+        left, right = (x, x + 90) if view < 5 else (x + 90, x)
+        assert np.allclose(corners(ten[view]), [left, right, y, y + 90], atol=2), view
+    drawn = np.stack([corners(*fqgan.crop_square(image, 50, rng=random.Random(i))) for i in range(300)])
+    widths, mirrored = abs(drawn[:, 1] - drawn[:, 0]), drawn[:, 1] < drawn[:, 0]
+    assert 77 <= widths.min() <= 83 and 95 <= widths.max() <= 101 and 0.4 < mirrored.mean() < 0.6, "0.8 to 1.0 of the shorter side"
+    assert drawn[:, :2].min() < 15 and drawn[:, :2].max() > 185 and drawn[:, 2].max() > 12, "anywhere"
+    small = np.asarray(fqgan.crop_square(image.resize((55, 52)), 50, rng=random.Random(0))[0])
+    assert small[:, :, 0].max() - small[:, :, 0].min() > 170, "a small image is not enlarged: nothing is learned from blur"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    assert np.allclose(np.float32(fqgan.crop_square(noise, 50)[0]), np.float32(noise.reduce(2).reduce(2)), atol=2), "halved by box averages, as ADM does it"
     for strip in ((1, 60_000), (60_000, 1), (3, 100)):  # scaled whole, the first would have 960,000 x 16 pixels
-        assert fqgan.crop_square(Image.new("RGB", strip), 16).size == fqgan.crop_square(Image.new("RGB", strip), 16, rng=random.Random(0)).size == (16, 16)
+        assert all(fqgan.crop_square(Image.new("RGB", strip), 16, rng=rng)[0].size == (16, 16) for rng in (None, random.Random(0)))
 
 
 def test_unreadable_images(tmp_path, capsys):
@@ -381,7 +429,48 @@ def test_unreadable_images(tmp_path, capsys):
             raise
 
 
+def test_training_crops_are_drawn_and_repeatable(tmp_path):
+    train, held_out = (load_data(make_folder(tmp_path / "f") if part else tmp_path / "f", 16, part) for part in (True, False))
+    assert torch.equal(train[0, "a"][0], train[0, "a"][0]) and not torch.equal(train[0, "a"][0], train[0, "b"][0])
+    assert torch.equal(held_out[0, "a"][0], held_out[0, "b"][0]), "held out: the center"
+
+
+def test_torchvision_sets(monkeypatch):
+    """Their two parts are told apart, by `train` or by `split`, whatever the parts are called."""
+    class Named:
+        classes = [("first", "one"), "second"]
+
+        def __init__(self, root, part):
+            self.part = part
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (20, 20)), index % 2
+
+    class ByTrain(Named):
+        def __init__(self, root, train=True, download=False):
+            super().__init__(root, train)
+
+    class BySplit(Named):
+        def __init__(self, root, split="train"):
+            if split not in ("train", "test"):
+                raise ValueError(split)
+            super().__init__(root, split)
+
+    for cls, parts in ((ByTrain, [True, False]), (BySplit, ["train", "test"])):
+        monkeypatch.setattr(torchvision.datasets, cls.__name__, cls, raising=False)
+        monkeypatch.setattr(torchvision.datasets, "__all__", [*torchvision.datasets.__all__, cls.__name__])
+        sets = [load_data(cls.__name__.lower(), 16, train) for train in (True, False)]
+        assert [data.source.part for data in sets] == parts and sets[0].classes == ["first, one", "second"] and sets[0][1][1] == 1
+
+
 def test_no_data(tmp_path):
+    make_folder(tmp_path / "parts" / "train", each=3)
+    make_folder(tmp_path / "parts" / "val", classes=1, each=3)
+    with pytest.raises(UserError, match="hold different class folders"):
+        load_data(tmp_path / "parts", 16, True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("x")
     for name, message in (("empty", "holds no image"), ("file.txt", "is a file"), ("missing", "no such folder")):
@@ -420,6 +509,12 @@ def test_gpt_starts_at_the_entropy_of_a_guess():
     assert logits.shape == (2, 3, 9, 11) and math.isclose(loss.item(), math.log(11), rel_tol=1e-5)
     loss.backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
+
+
+def test_dropout_is_on_in_training_only():
+    model, ids, labels = small_gpt(dropout=0.5, label_dropout=0.0), torch.randint(11, (2, 2, 3, 3)), torch.tensor([0, 1])
+    assert torch.equal(model(ids, labels)[0], model(ids, labels)[0])
+    assert not torch.allclose(model.train()(ids, labels)[0], model(ids, labels)[0])
 
 
 def test_gpt_loss_is_the_mean_cross_entropy():
@@ -513,9 +608,10 @@ def test_knobs_of_each_code():
     assert torch.equal(greedy, model.generate(labels, 2.0, top_k=1)), "one code left is the likeliest"
     model.train()
     assert torch.equal(model.generate(labels, 2.0, temperature=0), greedy) and model.training, "dropout is off, the mode is given back"
-    for bad in (dict(cfg_scale=[1.0, 2.0]), dict(temperature=-1), dict(top_p=0.0), dict(top_k=[1, 2, 3, 4])):
+    for bad in (dict(cfg_scale=[1.0, 2.0]), dict(temperature=-1), dict(top_p=0.0), dict(top_k=[1, 2, 3, 4]), dict(temperature=[1.0, math.nan, 1.0]), dict(cfg_scale=math.inf)):
         with pytest.raises(UserError, match=next(iter(bad))):
             model.generate(labels, **bad)
+    assert torch.equal(model.generate(labels, 2.0, temperature=1e-45), greedy), "no overflow"
     with pytest.raises(UserError, match="labels run from 6"):
         model.generate(torch.tensor([6]))
 
@@ -530,6 +626,8 @@ def test_sample_one_token():
     assert torch.allclose(shares(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03), "the one that crosses p is kept"
     assert torch.allclose(shares(temperature=0.5), F.normalize(p[0].exp() ** 2, p=1, dim=0), atol=0.03)
     assert shares(temperature=0)[0] == 1
+    sharp = F.normalize(p[0].exp()[:2] ** 2, p=1, dim=0)  # 0.74, 0.26: of all four 0.68, 0.25: by that order top-p keeps one
+    assert sharp[0] > 0.7 and shares(temperature=0.5, top_k=2, top_p=0.7)[0] == 1, "temperature, then top-k, then top-p of what is left"
 
 
 def test_null_class_replaces_labels_in_training():
@@ -542,13 +640,6 @@ def test_null_class_replaces_labels_in_training():
     assert 0.4 < share < 0.6
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(k=3, head_layers=0), "at least 1 block"), (dict(n_embd=100), "multiple of 4 x n_head"), (dict(dropout=1.0), "dropout is 1.0")])
-def test_gpt_config_refuses(options, message):
-    with pytest.raises(UserError, match=message):
-        GPTConfig(**options)
-
-
 # -----------------------------------------------------------------------------
 # Scripts
 
@@ -557,7 +648,7 @@ def test_both_scripts_make_what_they_say(trained, capsys):
     out = trained
     assert sorted(p.name for p in out.iterdir()) == ["gpt.1.pt", "gpt.pt", "gpt_log.csv", "gpt_log.png", "log.csv", "log.png", "recon.png", "samples.png", "tokenizer.1.pt", "tokenizer.pt",
                                                       "tokens_train.json", "tokens_train.npy", "tokens_val.json", "tokens_val.npy"]
-    rows = list(csv.DictReader(open(out / "log.csv")))
+    rows = log_of(out / "log.csv")
     assert [r["step"] for r in rows] == ["1", "2", "2", "3", "4", "4"] and float(rows[-1]["val_psnr"]) > 3
     assert all(math.isclose(float(r["loss"]), sum(float(r[n]) for n in ("reconstruct", "codebook", "commit", "entropy", "disentangle")), rel_tol=1e-3)
                for r in rows if r["loss"])
@@ -575,6 +666,115 @@ def test_both_scripts_make_what_they_say(trained, capsys):
     assert tokens["label"][:10].tolist() == list(range(10))
 
 
+def plain_run(pairs, add_gradients, size):
+    """
+    Four steps of 8 in two halves, as the flags below ask for: two of warm-up to 1e-2, then half a cosine down to a tenth; gradients of a norm
+    of at most 0.05. pairs: (module, optimizer); add_gradients(indices, step) those of half a batch. -> the first module's moving average.
+    """
+    ema, order = copy.deepcopy(pairs[0][0]), np.random.default_rng([0, 0]).permutation(size)
+    for step, lr in enumerate((0.005, 0.01, 0.01, 0.0055)):
+        for indices in order[8 * step:8 * step + 8].reshape(2, 4):
+            add_gradients(indices.tolist(), step)
+        for module, optimizer in pairs:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+            assert norm > 0.1 or not gradients, "else clipping is not tested"
+            for g in gradients:
+                g.mul_(0.05 / (norm + 1e-6))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(0.9, (step + 1) / (step + 11))
+        for slow, fast in zip(ema.parameters(), pairs[0][0].parameters()):
+            slow.data.mul_(decay).add_(fast.data, alpha=1 - decay)
+    return ema.eval()
+
+
+PLAIN_RUN = ["--warmup", 2, "--final-lr", 0.1, "--lr", 0.01, "--grad-clip", 0.05, "--ema", 0.9, "--accumulate", 2, "--workers", 0]
+
+
+def moments(state):
+    """An optimizer's state as one dict, its order that of the parameter groups."""
+    return {f"{i} {n}": torch.as_tensor(t).float() for i, kept in state["state"].items() for n, t in kept.items()}
+
+
+def assert_plain(state, pairs, names, ema):
+    for (module, optimizer), (module_name, optimizer_name) in zip(pairs, names):
+        assert nearly_same(state[module_name], module.state_dict()), module_name
+        assert nearly_same(moments(state[optimizer_name]), moments(optimizer.state_dict())), optimizer_name
+    assert nearly_same(state["ema"], ema.state_dict()) and not nearly_same(state["ema"], state["model"])
+
+
+def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
+    """Learning rate, accumulation, clipping, moving average, every term with its weight and its start; evaluated and loaded is the average."""
+    class Distance(torch.nn.Module):  # stands in for LPIPS
+        def forward(self, a, b):
+            return (a - b).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(train_tokenizer, "LPIPS", Distance)
+    call(train_tokenizer, "--k", 2, "--out", tmp_path, *TINY_RUN, *PLAIN_RUN, "--image-size", 24, "--perceptual-weight", 0.7, "--disc-weight", 0.5, "--disc-start", 2,
+         "--entropy-final", 0.03, "--commit-weight", 0.4, "--disentangle-weight", 0.2, "--entropy-weight", 0.05, "--eval-every", 4)
+    state, data = load(tmp_path / "tokenizer.pt"), load_data("shapes", 24, True)
+    torch.manual_seed(0)
+    model, disc = FQGAN(FQGANConfig(**state["config"])), fqgan.Discriminator()
+    optimizers = [torch.optim.Adam(m.parameters(), betas=(0.9, 0.95), fused=True) for m in (model, disc)]
+
+    def add_gradients(indices, step):
+        images = torch.stack([data[i][0] for i in indices])
+        painted, losses = model(images)
+        losses["entropy"] = losses["entropy"] * 0.03 ** (step / 4)
+        loss = sum(losses.values()) + 0.7 * Distance()(images, painted).mean()
+        if step >= 2:
+            loss = loss - 0.5 * disc(painted).mean()
+        (loss / 2).backward(inputs=list(model.parameters()))
+        if step >= 2:
+            real, fake = disc(images), disc(painted.detach())
+            (0.5 * 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2).backward()
+
+    pairs = list(zip((model, disc), optimizers))
+    ema = plain_run(pairs, add_gradients, len(data))
+    assert_plain(state, pairs, (("model", "optimizer"), ("discriminator", "disc_optimizer")), ema)
+    loaded, held_out = fqgan.load_tokenizer(tmp_path / "tokenizer.pt"), load_data("shapes", 24, False)
+    assert same(dict(loaded.state_dict()), state["ema"])
+    images = torch.stack([held_out[i][0] for i in train_tokenizer.fixed_draw(held_out)[:16]])
+    rows = log_of(tmp_path / "log.csv")
+    assert math.isclose(float(rows[-1]["val_psnr"]), train_tokenizer.psnr(images, loaded.decode(loaded.encode(images))).mean(), rel_tol=1e-4)
+    assert [float(r["lr"]) for r in rows if r["loss"]] == [0.005, 0.01, 0.01, 0.0055]
+
+
+def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
+    """Also the weight decay, of matrices only; evaluated and loaded is the average."""
+    tokenizer = trained / "tokenizer.pt"
+    call(train_gpt, "--out", tmp_path, "--tokenizer", tokenizer, *TINY_GPT_RUN, *PLAIN_RUN, "--label-dropout", 0, "--eval-every", 4, "--data", make_folder(tmp_path / "images"))
+    state, tokens, held_out = load(tmp_path / "gpt.pt"), *(np.load(tmp_path / f"tokens_{part}.npy") for part in ("train", "val"))
+    torch.manual_seed(0)
+    fqgan.load_tokenizer(tokenizer)
+    model = GPT(GPTConfig(**state["config"]))
+    decayed, free = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([dict(params=decayed, weight_decay=0.05), dict(params=free, weight_decay=0)], betas=(0.9, 0.95))
+
+    def batch(records):
+        return torch.from_numpy(records["ids"][:, 0].astype(np.int64)), torch.from_numpy(records["label"].astype(np.int64))
+
+    def add_gradients(indices, step):
+        (model(*batch(tokens[indices]))[1] / 2).backward()
+
+    ema = plain_run([(model, optimizer)], add_gradients, len(tokens))
+    assert_plain(state, [(model, optimizer)], [("model", "optimizer")], ema)
+    loaded = fqgan.load_gpt(tmp_path / "gpt.pt")
+    assert same(dict(loaded.state_dict()), state["ema"])
+    rows = log_of(tmp_path / "gpt_log.csv")
+    expected = loaded(*batch(held_out[train_tokenizer.fixed_draw(held_out)[:16]]))[1].item()
+    assert math.isclose(float(rows[-1]["val_loss"]), expected, rel_tol=1e-4) and not math.isclose(float(rows[-1]["val_loss_1"]), expected, rel_tol=1e-6)
+
+
+def test_steps_follow_from_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tokenizer.Run, "loop", lambda run, *_: (_ for _ in ()).throw(UserError(f"{run.steps_total} steps")))
+    with pytest.raises(UserError, match="^7500 steps"):
+        call(train_tokenizer, "--out", tmp_path, *as_flags(SMALL), "--device", "cpu", "--batch-size", 8, "--epochs", 3)
+
+
 def interrupted_after(monkeypatch, saves):
     """Makes the run die right after its n-th checkpoint, as a power cut would."""
     save, left = train_tokenizer.save_checkpoint, itertools.count(saves - 1, -1)
@@ -584,6 +784,11 @@ def interrupted_after(monkeypatch, saves):
         if next(left) == 0:
             raise KeyboardInterrupt
     monkeypatch.setattr(train_tokenizer, "save_checkpoint", save_and_die)
+
+
+def training_rows(path):
+    """A log's rows without those of evaluations, which a run that dies between checkpoint and evaluation leaves out."""
+    return [{n: v for n, v in row.items() if v} for row in log_of(path) if row["loss"]]
 
 
 def same(a, b):
@@ -600,7 +805,7 @@ def same(a, b):
     (train_tokenizer, ["--k", 2, "--image-size", 24, "--disc-weight", 0.5, "--disc-start", 2, "--ema", 0.9, "--accumulate", 2, "--log-every", 3, "--warmup", 2, "--final-lr", 0.1]),
     (train_gpt, ["--ema", 0.9, "--dropout", 0.1, "--crops", 2])])
 def test_resumed_is_unbroken(script, options, tmp_path, trained, monkeypatch):
-    """Weights, both optimizers, moving average, log: to the bit, also when the log's window was cut in two."""
+    """Weights, both optimizers, moving average, log of training: to the bit, also when the log's window was cut in two."""
     if script is train_gpt:
         options = [*options, "--tokenizer", trained / "tokenizer.pt", "--data", make_folder(tmp_path / "images")]
     name, log = ("tokenizer.pt", "log.csv") if script is train_tokenizer else ("gpt.pt", "gpt_log.csv")
@@ -611,10 +816,10 @@ def test_resumed_is_unbroken(script, options, tmp_path, trained, monkeypatch):
         call(script, "--out", tmp_path / "cut", *flags)
     (tmp_path / "cut" / log).open("a").write("3,0.1\n")  # a row written after the checkpoint that the run goes back to
     call(script, "--out", tmp_path / "cut", "--resume")
-    whole, cut = (torch.load(tmp_path / f / name, weights_only=True) for f in ("whole", "cut"))
+    whole, cut = (load(tmp_path / f / name) for f in ("whole", "cut"))
     for part in whole.keys() - {"settings"}:
         assert same(whole[part], cut[part]), part
-    assert (tmp_path / "whole" / log).read_text() == (tmp_path / "cut" / log).read_text()
+    assert training_rows(tmp_path / "whole" / log) == training_rows(tmp_path / "cut" / log) and "val" in (tmp_path / "cut" / log).read_text()
 
 
 def test_resume_and_overwrite(tmp_path, trained):
@@ -629,39 +834,55 @@ def test_resume_and_overwrite(tmp_path, trained):
             call(train_tokenizer, *argv)
     assert (tmp_path / "tokenizer.pt").read_bytes() == before, "nothing is overwritten unless told so"
     call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", 6)
-    assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 6
+    assert load(tmp_path / "tokenizer.pt")["step"] == 6
+    with pytest.raises(UserError, match=r"made with --epochs 40.0 \(now 0.003\), --steps 6 \(now 0\): leave"):  # and nothing of a preset that nobody named
+        call(train_tokenizer, "--out", tmp_path, "--resume", "--epochs", 0.003)
+    call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--epochs", 0.003)
+    assert load(tmp_path / "tokenizer.pt")["step"] == 8 and load(tmp_path / "tokenizer.pt")["settings"]["image_size"] == 16
+    with pytest.raises(UserError, match="a run goes on with the model that it began with"):
+        call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--init", trained / "tokenizer.pt")
     call(train_tokenizer, *flags, "--overwrite")
-    assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 4
+    assert load(tmp_path / "tokenizer.pt")["step"] == 4
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+    return load(path)["model"]
 
 
 def nearly_same(a, b):
     return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], atol=2e-5) for n in a)
 
 
+def same_moments(*paths):
+    """Whether two runs' optimizers have seen the same gradients: within 2 % of the largest, of most numbers."""
+    for x, y in zip(*(load(path)["optimizer"]["state"].values() for path in paths), strict=True):
+        if not torch.allclose(x["exp_avg"], y["exp_avg"], atol=0.02 * x["exp_avg"].abs().max().item()):
+            return False
+    return True
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_are_one(ranks, tmp_path):
     """
-    The same global batch gives the same weights. Off for it is what is computed on a rank's own batch: the entropy of
-    the mean assignment (as in the official code) and the discriminator's BatchNorm.
+    The same global batch gives the same weights and, which would show a factor that Adam hides, the same moments; also in two parts a rank. Off
+    for it is what is computed on a rank's own batch: the entropy of the mean assignment (as in the official code) and the discriminator's BatchNorm.
     """
-    flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0, "--batch-size", 12]  # 16 images to evaluate: not as many for each of 3
+    flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0, "--batch-size", 12, "--grad-clip", 0]  # 16 images to evaluate: not as many for each of 3
     call(train_tokenizer, *flags[1:], "--out", tmp_path / "one")
-    many = shell(*flags, "--out", tmp_path / "many", ranks=ranks)
-    assert many.returncode == 0, many.stderr
+    shell(*flags, "--out", tmp_path / "many", "--accumulate", 2, ranks=ranks)
+    assert same_moments(*(tmp_path / n / "tokenizer.pt" for n in ("one", "many")))
     assert nearly_same(*(weights(tmp_path / n / "tokenizer.pt") for n in ("one", "many")))
-    rows = [list(csv.DictReader(open(tmp_path / n / "log.csv"))) for n in ("one", "many")]
+    rows = [log_of(tmp_path / n / "log.csv") for n in ("one", "many")]
     assert len(rows[0]) == len(rows[1])
     for x, y in zip(*rows):  # the codes' counts are added up over the ranks
         assert x["step"] == y["step"] and all(math.isclose(float(x[n]), float(y[n]), rel_tol=0.05) for n in x if x[n])
 
-    gpt = ["train_gpt.py", *TINY_GPT_RUN, "--tokenizer", tmp_path / "one" / "tokenizer.pt", "--label-dropout", 0, "--batch-size", 12, "--data", make_folder(tmp_path / "images")]
+    gpt = ["train_gpt.py", *TINY_GPT_RUN, "--tokenizer", tmp_path / "one" / "tokenizer.pt", "--label-dropout", 0, "--batch-size", 12, "--grad-clip", 0, "--data", make_folder(tmp_path / "images")]
     call(train_gpt, *gpt[1:], "--out", tmp_path / "one")
-    many = shell(*gpt, "--out", tmp_path / "many", ranks=ranks)
-    assert many.returncode == 0, many.stderr
+    shell(*gpt, "--out", tmp_path / "many", "--accumulate", 2, ranks=ranks)
+    rows = [log_of(tmp_path / n / "gpt_log.csv") for n in ("one", "many")]
+    assert all(math.isclose(float(x["val_loss"]), float(y["val_loss"]), rel_tol=1e-4) for x, y in zip(*rows, strict=True) if x["val_loss"])
+    assert same_moments(*(tmp_path / n / "gpt.pt" for n in ("one", "many")))
     assert np.array_equal(*(np.load(tmp_path / n / "tokens_train.npy") for n in ("one", "many"))), "each encodes its share"
     assert nearly_same(*(weights(tmp_path / n / "gpt.pt") for n in ("one", "many")))
 
@@ -672,10 +893,9 @@ def test_sharded_over_ranks_is_one_process(tmp_path, trained):
     folders = one, sharded = tmp_path / "one", tmp_path / "sharded"
     call(train_gpt, *flags[1:], "--out", one)
     told = shell(*flags, "--out", sharded, "--fsdp", ranks=2)
-    assert told.returncode == 0, told.stderr
     assert nearly_same(*(weights(f / "gpt.pt") for f in folders)) and (sharded / "samples.png").is_file()
-    assert nearly_same(*(torch.load(f / "gpt.pt", weights_only=True)["ema"] for f in folders))
-    for a, b in zip(*(torch.load(f / "gpt.pt", weights_only=True)["optimizer"]["state"].values() for f in folders)):
+    assert nearly_same(*(load(f / "gpt.pt")["ema"] for f in folders))
+    for a, b in zip(*(load(f / "gpt.pt")["optimizer"]["state"].values() for f in folders), strict=True):
         assert nearly_same(a, b)
     (one / "gpt.pt").rename(one / "swapped.pt")
     (sharded / "gpt.pt").rename(one / "gpt.pt")
@@ -683,7 +903,6 @@ def test_sharded_over_ranks_is_one_process(tmp_path, trained):
     more = ["--resume", "--overwrite", "--steps", 6]
     call(train_gpt, "--out", one, *more, "--no-fsdp")
     told = shell("train_gpt.py", "--out", sharded, *more, "--fsdp", "--eval-images", 1, ranks=2)
-    assert told.returncode == 0, told.stderr
     assert "resumed on 2 processes, begun on 1: the same batches" in told.stdout
     assert nearly_same(*(weights(f / "gpt.pt") for f in folders)) and fqgan.load_gpt(sharded / "gpt.pt")
 
@@ -700,17 +919,16 @@ if os.environ["RANK"] == "1":
 train_tokenizer.cli(train_tokenizer.main)
 """)
     began = time.time()
-    told = shell(tmp_path / "fail.py", *TINY_RUN, "--out", tmp_path / "out", ranks=2)
+    told = shell(tmp_path / "fail.py", *TINY_RUN, "--out", tmp_path / "out", ranks=2, check=False)
     assert told.returncode != 0 and "fail.py: a disk has gone" in told.stderr and time.time() - began < 60
 
 
 def test_two_ranks_with_an_adversary_then_one(tmp_path):
     """Two discriminator passes before one backward pass, on two processes; then taken up by a single one."""
     first = shell("train_tokenizer.py", *TINY_RUN, "--out", tmp_path, "--image-size", 24, "--disc-weight", 0.5, "--disc-start", 1, "--accumulate", 2, ranks=2)
-    assert first.returncode == 0, first.stderr
     assert "step 1/" in first.stdout and first.stdout.count("| discriminator") == 3, "on from the second step"
     call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", 6)
-    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    state = load(tmp_path / "tokenizer.pt")
     assert state["step"] == 6 and all(v.isfinite().all() for v in state["discriminator"].values())
 
 
@@ -718,16 +936,14 @@ def test_two_ranks_with_an_adversary_then_one(tmp_path):
 def test_a_signal_saves_and_the_run_goes_on(ranks, workers, kind, tmp_path):
     """Also where the whole process group gets it: workers, the launcher and all ranks."""
     flags = ["train_tokenizer.py", "--k", "2", "--out", tmp_path, *TINY_RUN, "--steps", 100000, "--eval-every", 100000, "--workers", workers]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else ["-u"]
-    process = subprocess.Popen([sys.executable, *launcher, *map(str, flags)], cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(shell_words(ranks, *flags), cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=SHELL)
     for line in process.stdout:
         if line.startswith("step 3/"):
             os.killpg(process.pid, kind)
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and (ranks or process.returncode == 130 and err == "") and "--resume goes on from here" in out, err
-    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    state = load(tmp_path / "tokenizer.pt")
     assert state["step"] >= 3
     call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", state["step"] + 2)
 
@@ -740,23 +956,50 @@ def test_token_cache(tmp_path, trained):
     assert len(whole) == 108
     cut = np.load(tmp_path / "tokens_train.npy", mmap_mode="r+")
     cut[50:] = 0
+    cut["label"][0] = 77
     cut.flush()
+    note = tmp_path / "tokens_train.json"
+    note.write_text(json.dumps({n: v for n, v in json.loads(note.read_text()).items() if n != "whole"}))
     (tmp_path / "gpt.pt").unlink()
     call(train_gpt, *flags)
-    assert np.array_equal(np.load(tmp_path / "tokens_train.npy"), whole)
-    for change, message in (["--crops", 2], "another crops"), (["--data", "shapes"], "another .*data"):
+    finished = np.load(tmp_path / "tokens_train.npy")
+    assert np.array_equal(finished[1:], whole[1:]) and finished["label"][0] == 77, "what was there is not made again"
+    model = load(trained / "tokenizer.pt")
+    model["model"]["post_quant_conv.bias"] += 1e-3
+    torch.save(model, tmp_path / "other.pt")
+    shutil.copytree(tmp_path / "images", tmp_path / "renamed" / "images")
+    (tmp_path / "renamed" / "images" / "class 0" / "000.png").rename(tmp_path / "renamed" / "images" / "class 0" / "0.png")
+    for change, message in ((["--crops", 2], "another crops"), (["--data", "shapes"], "another .*data"), (["--tokenizer", tmp_path / "other.pt"], "another tokenizer:"),
+                            (["--data", tmp_path / "renamed" / "images"], "another .*names")):
         (tmp_path / "gpt.pt").unlink(missing_ok=True)
         with pytest.raises(UserError, match=message):
             call(train_gpt, *flags, *change)
     call(train_gpt, *flags, "--crops", 2, "--overwrite")
     two = np.load(tmp_path / "tokens_train.npy")
     assert two["ids"].shape[1] == 2 and np.array_equal(two["ids"][:, 0], whole["ids"][:, 0]) and (two["ids"][:, 1] != two["ids"][:, 0]).any()
+    (tmp_path / "gpt.pt").unlink()
+    with open(tmp_path / "tokens_train.npy", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="tokens_train.npy cannot be read .*: delete it, and it is made anew"):
+        call(train_gpt, *flags, "--crops", 2)
+    tokens = train_gpt.Tokens.__new__(train_gpt.Tokens)
+    vars(tokens).update(records=two)
+    drawn = {next(view for view in (0, 1) if np.array_equal(tokens[5, f"0 {epoch}"][0], two["ids"][5, view])) for epoch in range(30)}
+    assert drawn == {0, 1} and np.array_equal(tokens[5][0], two["ids"][5, 0]), "training sees every view"
+
+
+def test_knobs_and_classes_reach_the_model(tmp_path, trained, monkeypatch):
+    asked, plain = [], GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda model, labels, *knobs: asked.append((labels.tolist(), *knobs[:-1])) or plain(model, labels, *knobs))
+    call(sample, "--gpt", trained / "gpt.pt", "--device", "cpu", "--out", tmp_path / "grid.png", "--classes", "star,0", "--n", 3, "--batch-size", 2,
+         "--cfg-scale", 3, "--temperature", "0.7,0.8", "--top-k", "5,8", "--top-p", 0.9)
+    assert asked == [([4, 0], 3.0, [0.7, 0.8], [5, 8], 0.9), ([4], 3.0, [0.7, 0.8], [5, 8], 0.9)]
 
 
 def test_sample_grid_and_files(tmp_path, trained, capsys):
     flags = ["--gpt", trained / "gpt.pt", "--device", "cpu", "--dtype", "float32"]
-    call(sample, *flags, "--out", tmp_path / "grid.png", "--classes", "star,0", "--n", 6, "--top-k", "5,8")
-    assert Image.open(tmp_path / "grid.png").height == 4 + 2 * 100
+    call(sample, *flags, "--out", tmp_path / "grid.jpg", "--classes", "star,0", "--n", 6, "--top-k", "5,8")
+    assert Image.open(tmp_path / "grid.jpg").height == 4 + 2 * 100
     files = tmp_path / "files"
     call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5)
     names = sorted(p.name for p in files.glob("*.png"))
@@ -765,7 +1008,7 @@ def test_sample_grid_and_files(tmp_path, trained, capsys):
     for n in names[7:9]:
         (files / n).unlink()
     capsys.readouterr()
-    call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--npz", tmp_path / "all.npz", "--out", files)
+    call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--npz", tmp_path / "all.npz")
     assert "4 of 5 batches are there" in capsys.readouterr().out
     assert pixels == {n: (files / n).read_bytes() for n in names}, "made again, they come out the same"
     packed = np.load(tmp_path / "all.npz")["arr_0"]
@@ -777,7 +1020,6 @@ def test_sample_grid_and_files(tmp_path, trained, capsys):
     with pytest.raises(UserError, match=r"samples made with --seed 0 \(now 1\)"):
         call(sample, *flags, "--out", files, "--n", 23, "--batch-size", 5, "--seed", 1)
     ranks = shell("sample.py", *flags, "--out", tmp_path / "ranks", "--count", 23, "--batch-size", 5, ranks=2)
-    assert ranks.returncode == 0, ranks.stderr
     assert pixels == {p.name: p.read_bytes() for p in (tmp_path / "ranks").glob("*.png")}, "no gaps, no doubles, the same pictures"
 
 
@@ -786,16 +1028,13 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
     (tmp_path / "cut.pt").write_bytes(good[:len(good) // 2])
     (tmp_path / "text.pt").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pt")
-    state = torch.load(trained / "tokenizer.pt", weights_only=True)
+    state = load(trained / "tokenizer.pt")
     torch.save(state | {"config": state["config"] | {"codebook_size": 64}}, tmp_path / "other.pt")
     torch.save(state | {"config": state["config"] | {"colour": "red"}}, tmp_path / "newer.pt")
     torch.save(state | {"config": state["config"] | {"teacher_widths": torch.zeros(1).expand(10**7, 10**6)}}, tmp_path / "endless.pt")
     torch.save({n: state[n] for n in state.keys() - {"config"}}, tmp_path / "bare.pt")
 
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'touched'}",)
-    torch.save({"kind": "tokenizer", "model": Hostile()}, tmp_path / "hostile.pt")
+    torch.save({"kind": "tokenizer", "model": Hostile(tmp_path / "touched")}, tmp_path / "hostile.pt")
     for name, message in (("cut", "damaged, cut off"), ("text", "damaged"), ("list", "not a tokenizer checkpoint"), ("other", "do not fit"),
                           ("newer", "do not fit"), ("endless", "do not fit"), ("bare", "do not fit"), ("hostile", "damaged"), ("missing", "python train_tokenizer.py")):
         with pytest.raises(UserError, match=message) as error:
@@ -814,42 +1053,47 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
 def test_checkpoints_before_the_newest_are_kept(tmp_path):
     for step in range(5):
         train_tokenizer.save_checkpoint(tmp_path / "x.pt", {"step": step}, keep=2)
-    assert {p.name: torch.load(p, weights_only=True)["step"] for p in tmp_path.iterdir()} == {"x.pt": 4, "x.1.pt": 3, "x.2.pt": 2}
+    assert {p.name: load(p)["step"] for p in tmp_path.iterdir()} == {"x.pt": 4, "x.1.pt": 3, "x.2.pt": 2}
 
 
 def test_what_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
-    """One bad step is named and changes no weight; ten in a row end the run with the checkpoint before them intact."""
+    """One bad step is named and changes no weight; ten in a row, not ten in all, end the run with the checkpoint before them intact."""
     from_step, plain = {3}, fqgan.disentangle_loss
     steps = itertools.count()
     monkeypatch.setattr(fqgan, "disentangle_loss", lambda q: plain(q) * (math.nan if next(steps) in from_step else 1))
     flags = ["--k", 2, *TINY_RUN, "--steps", 6, "--eval-every", 100]
-    call(train_tokenizer, *flags, "--out", tmp_path / "once")
+    after = []
+    with monkeypatch.context() as patch:
+        update = train_tokenizer.Run.update
+        patch.setattr(train_tokenizer.Run, "update", lambda run, *pairs: (update(run, *pairs), after.append(copy.deepcopy(pairs[0][0].state_dict()))))
+        call(train_tokenizer, *flags, "--out", tmp_path / "once")
     assert capsys.readouterr().out.count("left out: disentangle not finite") == 1
-    state = torch.load(tmp_path / "once" / "tokenizer.pt", weights_only=True)
-    assert all(t.isfinite().all() for t in state["model"].values())
-    assert all(math.isfinite(float(r["loss"])) for r in csv.DictReader(open(tmp_path / "once" / "log.csv")) if r["loss"] and r["step"] != "4")
+    assert [same(dict(a), dict(b)) for a, b in zip(after, after[1:])] == [False, False, True, False, False], "the fourth step changes nothing, the others do"
+    assert all(math.isfinite(float(r["loss"])) for r in log_of(tmp_path / "once" / "log.csv") if r["loss"] and r["step"] != "4")
 
+    steps, from_step = itertools.count(), range(1, 60, 2)
+    call(train_tokenizer, *flags, "--out", tmp_path / "often", "--steps", 24)
     steps, from_step = itertools.count(), range(2, 1000)
     with pytest.raises(UserError, match="10 steps in a row were not finite, step 12 the last: try a smaller --lr; the last checkpoint is from before them"):
         call(train_tokenizer, *flags, "--out", tmp_path / "ever", "--steps", 100, "--eval-every", 2)
-    assert all(t.isfinite().all() for t in torch.load(tmp_path / "ever" / "tokenizer.pt", weights_only=True)["model"].values())
+    assert all(t.isfinite().all() for t in load(tmp_path / "ever" / "tokenizer.pt")["model"].values())
 
 
 def test_float16_scales_its_gradients_and_resumes(tmp_path):
     flags = ["--k", 2, *TINY_RUN, "--dtype", "float16", "--steps", 4]
     call(train_tokenizer, *flags, "--out", tmp_path)
-    state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    state = load(tmp_path / "tokenizer.pt")
     assert state["scaler"]["scale"] > 1 and all(t.isfinite().all() for t in state["model"].values())
     call(train_tokenizer, "--out", tmp_path, "--resume", "--overwrite", "--steps", 5)
 
 
-def test_collapsed_codebooks_are_said(tmp_path, capsys):
-    call(train_tokenizer, "--k", 2, *TINY_RUN, "--out", tmp_path, "--lr", 0)
-    assert "sub-codebook 1 has collapsed" not in capsys.readouterr().out
+def test_collapsed_codebooks_are_said(capsys):
+    """A run that has lost a codebook goes on without an error: the log must tell."""
     run = type("Run", (train_tokenizer.Run,), {"__init__": lambda self: None, "gather_window": lambda self: None, "write_row": lambda *_: None})()
-    vars(run).update(step=10, log_every=10, steps_total=20, window={"counts": torch.tensor([[64, 0, 0, 0], [9, 9, 9, 9]])}, rank=0, first=0, batch_size=1, clock=0.0)
-    run.log([])
+    vars(run).update(step=10, log_every=10, steps_total=20, window={"counts": torch.tensor([[64, *[0] * 39], [9] * 40, [9] * 3 + [0] * 37])}, rank=0, first=0, batch_size=1, clock=0.0)
+    run.log()
     assert "sub-codebook 1 has collapsed: perplexity 1.0" in (text := capsys.readouterr().out) and "sub-codebook 2" not in text
+    assert "sub-codebook 3 is dying: perplexity 3.0" in text
 
 
 def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
@@ -860,7 +1104,20 @@ def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left"):
         train_tokenizer.save_checkpoint(tmp_path / "x.pt", {"step": 2})
-    assert torch.load(tmp_path / "x.pt", weights_only=True) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+    assert load(tmp_path / "x.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def parser_of(script):
+    """The parser of a script's command line."""
+    class Found(Exception):
+        pass
+
+    def stop(parser, *_):
+        raise Found(parser)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
+        patch.setattr(train_tokenizer.Parser, "parse_args", stop)
+        call(script)
+    return found.value.args[0]
 
 
 def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
@@ -868,20 +1125,23 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     commands = [c.split("#")[0].split() for block in blocks for line in block.splitlines() for c in line.split("&&")]
-    found = 0
+    found, scripts = collections.Counter(), {f"{s.__name__}.py": s for s in (train_tokenizer, train_gpt, sample, evaluate)}
     for words in commands:
-        scripts = {f"{s.__name__}.py": s for s in (train_tokenizer, train_gpt)}
-        if name := next((w for w in words if w in scripts), None):
-            argv = words[words.index(name) + 1:]
+        name = next((w for w in words if w in scripts), None)
+        argv = words[words.index(name) + 1:] if name else []
+        if name in ("sample.py", "evaluate.py"):
+            parser_of(scripts[name]).parse_args(argv)
+            found[name] += 1
+        elif name:
             config = FQGANConfig if name == "train_tokenizer.py" else GPTConfig
             if "--init" in argv:
                 torch.save({"model": PublishedTokenizer(2).state}, argv[argv.index("--init") + 1])
             monkeypatch.setattr(sys, "argv", [name, *argv])
             groups = (train_tokenizer.StartConfig,) if name == "train_tokenizer.py" else (train_gpt.TokenConfig,)
-            settings, _ = train_tokenizer.parse("", scripts[name].PRESETS, "x.pt", "tokenizer", config, train_tokenizer.TrainConfig, *groups)
+            settings, _ = train_tokenizer.parse("", scripts[name].PRESETS, "tokenizer", config, train_tokenizer.TrainConfig, *groups)
             train_tokenizer.pick(config, settings)
-            found += 1
-    assert found >= 10
+            found[name] += 1
+    assert len(found) == 4 and found.total() >= 20
 
 
 @pytest.mark.parametrize("script, argv, message", [
@@ -890,6 +1150,7 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, ["--preset", "huge"], "invalid choice: 'huge'"),
     (train_tokenizer, ["--image-size", "30"], "not divisible by downsample 4: 28 is"),
     (train_tokenizer, ["--image-size", "16", "--disc-weight", "1"], "too small for the discriminator"),
+    (train_tokenizer, ["--image-size", "8", "--perceptual-weight", "1"], "too small for LPIPS: 16 or more"),
     (train_tokenizer, ["--data", "nowhere"], "no such folder"),
     (train_tokenizer, ["--batch-size", "30000"], "20000 images are fewer than one batch"),
     (train_tokenizer, ["--batch-size", "9", "--accumulate", "2"], "not divisible"),
@@ -921,6 +1182,18 @@ def test_a_mistake_gets_one_line(script, argv, message, tmp_path, monkeypatch, c
     assert not [p for p in tmp_path.rglob("*.pt")], "nothing is written"
 
 
+def test_out_of_memory_gets_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py"])
+    with pytest.raises(SystemExit, match="^train_gpt.py: out of memory .CUDA out of memory. Tried.*: give a smaller --batch-size"):
+        train_tokenizer.cli(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")))
+
+
+def test_pictures_keep_their_shape(tmp_path):
+    train_tokenizer.save_grid(tmp_path / "grid.png", [("a", torch.ones(2, 3, 20, 40)), ("b", -torch.ones(1, 3, 20, 40))])
+    pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    assert pixels.shape[0] == 4 + 2 * (60 + 4) and (pixels[:, -60] == 255).all() and (pixels[4 + 64:-4, -220] == 0).all(), "three times 20 x 40, in two rows"
+
+
 def test_more_mistakes(tmp_path, trained):
     (tmp_path / "file").write_text("x")
     for script, argv, message in [
@@ -933,7 +1206,7 @@ def test_more_mistakes(tmp_path, trained):
     call(train_tokenizer, "--k", 3, "--out", tmp_path / "k3", *TINY_RUN)
     with pytest.raises(UserError, match="trained for k 2, the tokenizer .* has k 3"):
         call(sample, "--gpt", trained / "gpt.pt", "--tokenizer", tmp_path / "k3" / "tokenizer.pt")
-    result = shell("train_tokenizer.py", "--k", 0)
+    result = shell("train_tokenizer.py", "--k", 0, check=False)
     assert result.returncode == 1 and result.stderr == "train_tokenizer.py: k is 0; it must be at least 1\n" and result.stdout == ""
 
 
@@ -1225,7 +1498,7 @@ def test_sampling_and_training_from_published_files(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_: (_ for _ in ()).throw(OSError("no route to host")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     call(evaluate, "--tokenizer", tmp_path / "tokenizer.pt", "--device", "cpu", "--data", folder, "--json", tmp_path / "f.json")
-    assert json.loads((tmp_path / "f.json").read_text())["probe_2"] > 0.2
+    assert json.loads((tmp_path / "f.json").read_text()).keys() >= {"probe_1", "probe_2"}
     with pytest.raises(UserError, match="holds weights, not a run: it cannot be resumed, but --init starts from it"):
         call(train_tokenizer, "--out", tmp_path, "--resume")
     call(train_tokenizer, "--init", tmp_path / "tokenizer.pt", "--out", tmp_path / "tuned", "--disc-weight", 0, "--perceptual-weight", 0, *TINY_RUN[len([*as_flags(SMALL)]):], "--steps", 1, "--lr", 0)
@@ -1295,10 +1568,7 @@ def test_clip_teacher(tmp_path):
         torch.save({"visual.conv1.weight": torch.zeros(2)}, tmp_path / "broken.pt")
         fqgan.load_teacher("clip_vitl14", tmp_path / "broken.pt")
 
-    class Hostile:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'touched'}",)
-    torch.save({"visual.conv1.weight": Hostile()}, tmp_path / "hostile.pt")
+    torch.save({"visual.conv1.weight": Hostile(tmp_path / "touched")}, tmp_path / "hostile.pt")
     with pytest.raises(UserError, match="does not hold the teacher clip_vitb16"):
         fqgan.load_teacher("clip_vitb16", tmp_path / "hostile.pt")
     assert not (tmp_path / "touched").exists()
@@ -1350,7 +1620,7 @@ def test_a_teacher_of_ones_own(tmp_path, capsys):
         assert torch.allclose(fqgan.load_teacher(str(tmp_path / name))(images), Own()(images))
     call(train_tokenizer, "--k", 3, "--out", tmp_path, *TINY_RUN, "--teachers", tmp_path / "own.pt")
     assert "representation by" in capsys.readouterr().out
-    rows = [r for r in csv.DictReader(open(tmp_path / "log.csv")) if r["loss"]]
+    rows = [r for r in log_of(tmp_path / "log.csv") if r["loss"]]
     assert all(0 < float(r["representation"]) < 0.5 * math.log(8) + 0.5 for r in rows)
     model = fqgan.load_tokenizer(tmp_path / "tokenizer.pt").train()
     assert [b.head is not None for b in model.branches] == [False, False, True] and model.config.teacher_widths == (48,)
@@ -1368,7 +1638,6 @@ def test_global_negatives_on_two_ranks_are_one_process(tmp_path):
     flags = ["train_tokenizer.py", *TINY_RUN, "--k", 2, "--entropy-weight", 0, "--teachers", tmp_path / "own.pt", "--global-negatives", "--steps", 2]
     call(train_tokenizer, *flags[1:], "--out", tmp_path / "one")
     two = shell(*flags, "--out", tmp_path / "two", ranks=2)
-    assert two.returncode == 0, two.stderr
     assert nearly_same(*(weights(tmp_path / n / "tokenizer.pt") for n in ("one", "two")))
 
 
@@ -1485,7 +1754,7 @@ def inception_file(tmp_path_factory):
 
 
 def test_inception_differs_from_torchvision_where_it_should(inception_file):
-    assert len(torch.load(inception_file, weights_only=True)) == 472
+    assert len(load(inception_file)) == 472
     network = evaluate.Inception(inception_file)
     images = torch.randint(0, 256, (2, 3, 40, 31), dtype=torch.uint8)
     resized = evaluate.tf1_resize(images.float())
@@ -1501,14 +1770,16 @@ def test_inception_differs_from_torchvision_where_it_should(inception_file):
     for name in ("Mixed_5b", "Mixed_6b", "Mixed_7b", "Mixed_7c"):
         block = getattr(network.net, name)
         block.register_forward_hook(lambda block, inputs, output, name=name: units.update({name: (inputs[0], output)}))
+    network.net.Conv2d_1a_3x3.register_forward_hook(lambda block, inputs, output: units.update(first=inputs[0]))
     features, logits = network(images)
+    assert torch.allclose(units.pop("first"), (resized - 128) / 128), "not torchvision's own normalization"
     for name, (given, made) in units.items():
         pool = F.max_pool2d(given, 3, 1, 1) if name == "Mixed_7c" else F.avg_pool2d(given, 3, 1, 1, count_include_pad=False)
         unit = getattr(network.net, name).branch_pool
         plain = F.relu(unit.bn(F.conv2d(pool, unit.conv.weight)))
         assert torch.allclose(made[:, -plain.shape[1]:], plain, atol=1e-5), name
     assert torch.allclose(features, units["Mixed_7c"][1].mean((2, 3)), atol=1e-5) and features.shape == (2, 2048)
-    weights = torch.load(inception_file, weights_only=True)
+    weights = load(inception_file)
     assert torch.allclose(logits, features @ weights["fc.weight"].T, atol=1e-5), "without the bias"
 
 
@@ -1549,7 +1820,7 @@ def test_sets_of_images(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "stored.npz", other=np.arange(3), arr_0=pixels)
     np.savez_compressed(tmp_path / "small.npz", arr_0=pixels)
     sets = [evaluate.open_set(tmp_path / name) for name in ("folder", "stored.npz", "small.npz")]
-    assert isinstance(sets[1].images.array, np.memmap), "not read into memory"
+    assert isinstance(sets[1].items, np.memmap), "not read into memory"
     for images in sets:
         assert len(images) == 12 and all(np.array_equal(images[i][1].permute(1, 2, 0), pixels[i]) for i in range(12))
     options, network = type("Options", (), dict(batch_size=5, device="cpu")), Bent()
@@ -1579,19 +1850,13 @@ def test_sets_of_images(tmp_path, monkeypatch, capsys):
     (lambda path: np.savez(path, arr_0=np.zeros((0, 8, 8, 3), np.uint8)), "holds no images"),
     (lambda path: np.savez(path, mu=np.zeros(3), sigma=np.eye(4)), "expected .D,. and .D, D."),
     (lambda path: (path.mkdir(), (path / "a.png").write_bytes(b"")), "a.png' cannot be read"),
+    (lambda path: (images_folder(path, 3), Image.new("RGB", (9, 16)).save(path / "z.png")), "z.png' is 9x16, the first of its set 16x16"),
     (lambda path: path.write_bytes(b"PK not really"), "cannot be read")])
 def test_sets_that_cannot_be_used(make, message, tmp_path):
     path = tmp_path / "set.npz"
     make(path)
     with pytest.raises(UserError, match=message):
-        evaluate.open_set(path)
-
-
-def test_images_of_two_sizes_are_refused(tmp_path):
-    images_folder(tmp_path / "set", 3)
-    Image.new("RGB", (9, 16)).save(tmp_path / "set" / "z.png")
-    with pytest.raises(UserError, match="z.png' is 9x16, the first of its set 16x16"):
-        list(evaluate.open_set(tmp_path / "set").batches(4))
+        list(evaluate.open_set(path).batches(4))
 
 
 def test_evaluate_a_tokenizer(tmp_path, trained, monkeypatch, capsys):
@@ -1610,7 +1875,9 @@ def test_evaluate_a_tokenizer(tmp_path, trained, monkeypatch, capsys):
     ids = model.encode(images)
     assert math.isclose(figures["psnr"], float(train_tokenizer.psnr(images, model.decode(ids)).mean()), rel_tol=1e-4)
     assert figures["usage_1"] == len(ids[:, 0].unique()) / 32
-    assert not list(tmp_path.rglob("*.tmp")), "nothing of a failed download stays"
+    assert math.isclose(figures["ssim"], evaluate.ssim(images, (train_tokenizer.to_uint8(model.decode(ids)).float() / 127.5 - 1)).mean(), rel_tol=1e-4)
+    assert math.isclose(figures["perplexity_2"], train_tokenizer.usage(torch.bincount(ids[:, 1].flatten(), minlength=32))[1], rel_tol=1e-4)
+    assert math.isclose(figures["mutual_information_1_2"], evaluate.mutual_information(*(ids[:, i].flatten().numpy() for i in (0, 1))), rel_tol=1e-6)
 
     call(evaluate, "--tokenizer", trained / "tokenizer.pt", "--device", "cpu", "--n", 1, "--out", tmp_path / "figures.json" / "e.png")
     assert "one image has no covariance" in (text := capsys.readouterr().out) and "no picture" in text and "linear probe" in text, "what can be measured, is"
@@ -1622,6 +1889,19 @@ def test_evaluate_a_tokenizer(tmp_path, trained, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "few")
     call(evaluate, "--tokenizer", trained / "tokenizer.pt", "--device", "cpu", "--data", ".", "--out", tmp_path / "e.png")
     assert "the data has no classes" in capsys.readouterr().out
+
+
+def plain_fid(*features):
+    return evaluate.frechet_distance(*(f(x.double().numpy()) for x in features for f in (lambda x: x.mean(0), functools.partial(np.cov, rowvar=False))))
+
+
+def plain_tokenizer_figures(figures, path, folder, inception_file):
+    """LPIPS and rFID of six images, each against the function that defines it."""
+    model, data, network = fqgan.load_tokenizer(path), load_data(folder / "real", 16, False), evaluate.Inception(inception_file)
+    images = torch.stack([data[i][0] for i in range(6)])
+    painted = train_tokenizer.to_uint8(model.decode(model.encode(images)))
+    assert math.isclose(figures["lpips"], fqgan.LPIPS(folder / "vgg16.pth", folder / "vgg.pth")(images, painted / 127.5 - 1).mean(), rel_tol=1e-3)
+    assert math.isclose(figures["rfid"], plain_fid(network(train_tokenizer.to_uint8(images))[0], network(painted)[0]), rel_tol=1e-3)
 
 
 def test_evaluate_ranks_agree_and_sets_compare(tmp_path, trained, inception_file):
@@ -1637,10 +1917,17 @@ def test_evaluate_ranks_agree_and_sets_compare(tmp_path, trained, inception_file
     for mode, extra in modes.items():
         call(evaluate, *flags[1:], *extra, "--json", tmp_path / f"{mode}0", "--out", tmp_path / "picture.png")
         made = shell(*flags, *extra, "--json", tmp_path / f"{mode}2", "--out", tmp_path / "picture.png", ranks=2)
-        assert made.returncode == 0, made.stderr
         one, two = (json.loads((tmp_path / f"{mode}{ranks}").read_text()) for ranks in (0, 2))
         assert one.keys() == two.keys() and all(one[n] == two[n] or math.isclose(one[n], two[n], rel_tol=1e-4) for n in one if n != "missing"), (one, two)
         assert {"tokenizer": {"lpips", "rfid", "psnr"}, "gpt": {"fid", "inception_score", "precision", "recall"}}[mode] <= {n for n in one if one[n] is not None}
+        if mode == "tokenizer":
+            plain_tokenizer_figures(one, trained / "tokenizer.pt", tmp_path, inception_file)
+    fakes = images_folder(tmp_path / "fake", 5, seed=1)
+    call(evaluate, "--real", tmp_path / "real", "--fake", tmp_path / "fake", "--device", "cpu", *weights, "--json", tmp_path / "other", "--out", tmp_path / "picture.png")
+    other, network = json.loads((tmp_path / "other").read_text()), evaluate.Inception(inception_file)
+    (real, _), (fake, logits) = (network(torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (pixels, fakes))
+    expected = [plain_fid(real, fake), *evaluate.precision_recall(real.numpy(), fake.numpy()), *evaluate.inception_score(logits.numpy())]
+    assert np.allclose([other[n] for n in ("fid", "precision", "recall", "inception_score", "inception_score_deviation")], expected, rtol=1e-3)
     np.savez(tmp_path / "fake.npz", arr_0=pixels)
     call(evaluate, "--real", tmp_path / "real", "--fake", tmp_path / "fake.npz", "--device", "cpu", *weights, "--json", tmp_path / "same", "--out", tmp_path / "picture.png")
     with pytest.raises(UserError, match="no file at nowhere.pth"):
@@ -1670,7 +1957,7 @@ def test_lpips_against_its_formula(tmp_path):
             p.zero_()  # all features 0: the plain form's gradient would be NaN
     distance(flat, y[:1]).sum().backward()
     assert flat.grad.isfinite().all() and not any(p.requires_grad for p in distance.train().parameters())
-    with pytest.raises(UserError, match="does not hold the weights of"):
+    with pytest.raises(UserError, match="does not hold the weights that belong there"):
         fqgan.LPIPS(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
 
 
@@ -1883,19 +2170,11 @@ def faults_images(folder, rng, n=10_000):
     return f"{n} damaged images: {read} could be read all the same, {n - read} were refused; {memory() - before} MB of memory"
 
 
-class Hostile:
-    def __init__(self, touched):
-        self.touched = touched
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.touched}",)
-
-
 def faults_checkpoints(folder, rng, n=1000):
     """Mutated checkpoints load or are refused in one line; what they carry is never run."""
     call(train_tokenizer, "--k", 2, "--out", folder / "run", *TINY_RUN)
     good, loaded, path = (folder / "run" / "tokenizer.pt").read_bytes(), 0, folder / "mutated.pt"
-    state, touched, before = torch.load(io.BytesIO(good), weights_only=True), folder / "touched", memory()
+    state, touched, before = load(io.BytesIO(good)), folder / "touched", memory()
     for i in range(n):
         if i % 2:
             path.write_bytes(damaged(good, rng))
@@ -1936,22 +2215,9 @@ def faults_kills(folder, rng, n=30):
             kills += 1
             writing += (folder / "cut" / "tokenizer.pt.tmp").exists()
     assert kills == n, f"the run was over after {kills} kills"
-    a, b = (torch.load(folder / name / "tokenizer.pt", weights_only=True) for name in ("whole", "cut"))
-    assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and (folder / "whole" / "log.csv").read_text() == (folder / "cut" / "log.csv").read_text()
+    a, b = (load(folder / name / "tokenizer.pt") for name in ("whole", "cut"))
+    assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and training_rows(folder / "whole" / "log.csv") == training_rows(folder / "cut" / "log.csv")
     return f"{kills} kills, {writing} of them while a checkpoint was written: weights, optimizer and log to the bit those of a run never killed"
-
-
-def flags_of(script):
-    """The actions of a script's argument parser."""
-    class Found(Exception):
-        pass
-
-    def stop(parser, *_):
-        raise Found(parser._actions)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
-        patch.setattr(train_tokenizer.Parser, "parse_args", stop)
-        call(script)
-    return found.value.args[0]
 
 
 def faults_flags(folder, rng, n=300):
@@ -1974,7 +2240,7 @@ def faults_flags(folder, rng, n=300):
     ran = collections.Counter()
     for i in range(n):
         script = list(scripts)[i % len(scripts)]
-        actions = [a for a in flags_of(script) if a.dest not in never]
+        actions = [a for a in parser_of(script)._actions if a.dest not in never]
         argv = []
         for action in rng.choice(actions, rng.integers(1, 4), replace=False):
             pool = [] if action.nargs == 0 else action.choices or values.get(action.type, ("", "1", "1,2", "0,1", "-1,1", "0.5", "nan"))

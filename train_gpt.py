@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -20,8 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, build, flag, load_tokenizer, require
-from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, reserve, save_grid
+from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, build, explained, flag, load_tokenizer, require
+from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, save_grid
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
@@ -46,8 +47,8 @@ class Tokens(torch.utils.data.Dataset):
     The codes of a data set, one record an image: `label`, `ids` (crops, k, h, w) in the smallest integer type that
     fits, `done`. Items are (ids (k,h,w) int64, label); of the crops, the one that the draw of (index, draw) picks.
 
-    A .npy file, memory-mapped, with the fingerprint of tokenizer and data in a .json beside it. Encoding that was cut
-    off goes on where it stopped; a file made with another tokenizer or data is refused, or with `overwrite` made anew.
+    A .npy file, memory-mapped, with the fingerprint of the tokenizer and of the images' names in a .json beside it. Encoding that was cut
+    off goes on where it stopped; a file made with another tokenizer or other images is refused, or with `overwrite` made anew.
     Under torchrun every rank encodes its share, into one file on a disk that all of them see.
     """
 
@@ -75,10 +76,15 @@ class Tokens(torch.utils.data.Dataset):
                 note.write_text(json.dumps(made_of, indent=1))
         if run.world > 1:
             dist.barrier()
-        self.path, self.records = path, np.load(path, mmap_mode="r+")
-        self.encode(data, tokenizer, crops, run)
-        missing = int((~self.records["done"]).sum())
-        require(not missing, f"{path}: {missing} images are not encoded: are all processes writing to one disk?")
+        whole = json.loads(note.read_text()).get("whole")
+        with explained(f"{path} cannot be read", ": delete it, and it is made anew"):
+            self.path, self.records = path, np.load(path, mmap_mode="r" if whole else "r+")  # r+ would fill up a file that was cut off
+        if not whole:
+            self.encode(data, tokenizer, crops, run)
+            missing = int((~self.records["done"]).sum())
+            require(not missing, f"{path}: {missing} images are not encoded: are all processes writing to one disk?")
+            if run.rank == 0:
+                note.write_text(json.dumps(made_of | {"whole": True}, indent=1))
 
     def __getstate__(self):  # a process that loads data maps the file itself
         return vars(self) | {"records": None}
@@ -89,7 +95,7 @@ class Tokens(torch.utils.data.Dataset):
     @torch.no_grad()
     def encode(self, data, tokenizer, crops, run):
         share = np.array_split(np.arange(len(data)), run.world)[run.rank]  # ranks write to stretches of the file of their own
-        todo = [i for i in share.tolist() if not self.records["done"][i]]
+        todo = share[~self.records["done"][share]].tolist()
         if todo:
             run.say(f"encoding {data.origin}: {len(todo) * run.world} of {len(data)} images x {crops}")
         views, began = Views(data, crops), time.time()
@@ -118,25 +124,26 @@ class Tokens(torch.utils.data.Dataset):
         return torch.from_numpy(record["ids"][view].astype(np.int64)), int(record["label"])
 
 
+def reserve(path):
+    """Takes the disk space that a file made by open_memmap will need: a full disk then is an OSError now, not the process's death later."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 class Views(torch.utils.data.Dataset):
     """Items are (all the crops of an image (crops,3,H,W), label)."""
 
     def __init__(self, data, crops):
         self.data, self.crops = data, crops
 
-    def __len__(self):
-        return len(self.data)
-
     def __getitem__(self, index):
-        views, labels = zip(*(self.data.view(index, view=i, views=self.crops) for i in range(self.crops)))
-        return torch.stack(views), labels[0]
+        return self.data.crops(index, views=self.crops)
 
 
 @torch.no_grad()
 def evaluate(model, tokens, run):
     """Cross-entropy in nats per code, of each sub-codebook and their mean, on eval_images held-out images, in figures and in words."""
-    was_training = model.training
-    model.eval()
     total = torch.zeros(model.config.k + 1, device=run.device)
     for ids, labels in run.evaluation_batches(tokens):
         with run.autocast():
@@ -145,7 +152,6 @@ def evaluate(model, tokens, run):
         total += torch.cat([each.mean(2).sum(0), total.new_tensor([len(ids)])])
     if run.world > 1:
         dist.all_reduce(total)
-    model.train(was_training)
     losses = total[:-1] / total[-1]
     return ({"val_loss": float(losses.mean())} | per_code("val_loss", losses),
             f"cross-entropy {losses.mean():.4f} nats a code, of the sub-codebooks {' '.join(f'{x:.3f}' for x in losses.tolist())}")
@@ -159,16 +165,16 @@ def save_samples(model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
     labels = torch.tensor([c for c in shown for _ in range(columns)], device=run.device)
     ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed))
     with torch.no_grad(), run.autocast():
-        images = tokenizer.decode(ids)
+        images = torch.cat([tokenizer.decode(row) for row in ids.split(columns)])
     if run.rank == 0:
         save_grid(run.path.parent / "samples.png", [(classes[c], images[c * columns:(c + 1) * columns]) for c in shown])
 
 
 def main():
-    settings, checkpoint = parse(__doc__, PRESETS, "gpt.pt", "gpt", GPTConfig, TrainConfig, TokenConfig)
+    settings, checkpoint = parse(__doc__, PRESETS, "gpt", GPTConfig, TrainConfig, TokenConfig)
     require(settings["crops"] in (1, 2, 10), f"--crops {settings['crops']}: choose 1, 2 or 10")
     require(0 <= settings["cfg_scale"] < math.inf, f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
-    run = Run(settings, checkpoint, "gpt.pt", "gpt", log="gpt_log.csv")
+    run = Run(settings, checkpoint, "gpt", log="gpt_log.csv")
     require(run.world > 1 or not settings["fsdp"], "--fsdp shards the model over several processes: start them with torchrun, or add --no-fsdp")
     if checkpoint:  # a GPT goes on with the tokenizer whose codes it speaks
         tokenizer = build(FQGAN, FQGANConfig, checkpoint["tokenizer"], run.path, run.device)
@@ -210,7 +216,7 @@ def main():
 
         if run.due:
             best = ema or model
-            run.milestone(lambda: evaluate(best, held_out, run), lambda: save_samples(best, tokenizer, classes, settings["cfg_scale"], run),
+            run.milestone(best, lambda: evaluate(best, held_out, run), lambda: save_samples(best, tokenizer, classes, settings["cfg_scale"], run),
                           config=asdict(config), classes=classes, tokenizer={"config": asdict(t), "model": tokenizer.state_dict()})
     run.finish(f"{run.path}, {run.path.parent / 'samples.png'} (look at it), {run.path.parent / 'gpt_log.csv'}",
                "python sample.py" + (f" --gpt {run.path}" if run.out != "out" else ""))

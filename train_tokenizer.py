@@ -2,7 +2,7 @@
 Trains the factorized tokenizer into out/tokenizer.pt; beside it out/recon.png, and out/log.csv with its curves in out/log.png.
 
 $ python train_tokenizer.py --k 3                                        # built-in shapes, minutes on a laptop
-$ python train_tokenizer.py --data photos/ --preset fqgan-ds16           # the paper's recipe, on one GPU
+$ python train_tokenizer.py --data photos/ --preset fqgan-ds16 --accumulate 8           # the paper's recipe, on one GPU
 $ torchrun --nproc-per-node=8 train_tokenizer.py --data imagenet/ --preset fqgan-ds16
 """
 
@@ -65,6 +65,9 @@ def cli(main):
         end = f"{Path(sys.argv[0]).name}: {str(error).strip().splitlines()[-1].removeprefix('fqgan.UserError: ')}"
     except OSError as error:  # a full disk, a read-only folder, ...
         end = f"{Path(sys.argv[0]).name}: {error}"
+    except torch.OutOfMemoryError as error:
+        end = (f"{Path(sys.argv[0]).name}: out of memory ({str(error).splitlines()[0][:160]}): give a smaller --batch-size, or in training "
+               "--recompute or a larger --accumulate")
     except KeyboardInterrupt:
         end = 130
     sys.exit(end)  # not above: here the failed main() is gone, and with it the processes that loaded its data
@@ -101,7 +104,7 @@ def start(device="auto", seed=0):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     return device, rank, world
 
 
@@ -143,49 +146,43 @@ def save_checkpoint(path, contents, keep=0):
     beside it, as NAME.1.pt, the youngest, and so on.
     """
     path = Path(path)
-    temporary, older = Path(f"{path}.tmp"), [path] + [path.with_suffix(f".{i + 1}{path.suffix}") for i in range(keep)]
+    temporary, older = Path(f"{path}.tmp"), [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep + 1)]
     try:
         with open(temporary, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
-        for newer, name in reversed(list(zip(older[1:-1], older[2:]))):
-            if newer.exists():
-                os.replace(newer, name)
+        for i in reversed(range(1, keep)):
+            if older[i - 1].exists():
+                os.replace(older[i - 1], older[i])
         if keep and path.exists():
-            older[1].unlink(missing_ok=True)
+            older[0].unlink(missing_ok=True)
             try:
-                os.link(path, older[1])
+                os.link(path, older[0])
             except OSError:  # a file system without links
-                shutil.copyfile(path, older[1])
+                shutil.copyfile(path, older[0])
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
 
 
-def reserve(path):
-    """Takes the disk space that a file made by open_memmap will need: a full disk then is an OSError now, not the process's death later."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
 def save_grid(path, rows, tile=96):
     """
     Writes rows of images as one picture. rows: list of (label, images (n,3,H,W) in [-1, 1]); the label stands to the
-    left. Images smaller than `tile` pixels are enlarged by a whole factor without smoothing.
+    left. Images narrower than `tile` pixels are enlarged by a whole factor without smoothing.
     """
-    size = rows[0][1].shape[-1]
-    zoom, gap, font = max(1, -(-tile // size)), 4, ImageFont.load_default(14)
-    step = size * zoom + gap
+    zoom, gap, font = max(1, -(-tile // rows[0][1].shape[-1])), 4, ImageFont.load_default(14)
+    height, width = (side * zoom for side in rows[0][1].shape[-2:])
     margin = math.ceil(max(font.getlength(label) for label, _ in rows)) + 12
-    sheet = Image.new("RGB", (margin + step * max(len(images) for _, images in rows), gap + step * len(rows)), "white")
+    columns = max(len(images) for _, images in rows)
+    sheet = Image.new("RGB", (margin + (width + gap) * columns, gap + (height + gap) * len(rows)), "white")
     for r, (label, images) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((margin - 6, gap + r * step + step // 2), label, fill="black", font=font, anchor="rm")
+        top = gap + r * (height + gap)
+        ImageDraw.Draw(sheet).text((margin - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
         for c, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-            picture = Image.fromarray(image).resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + c * step, gap + r * step))
+            picture = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(picture, (margin + c * (width + gap), top))
     sheet.save(path)
 
 
@@ -198,26 +195,26 @@ def save_curves(path, log_path, size=(340, 200), columns=3):
         points = [(int(r["step"]), float(r[name])) for r in rows if r[name] and math.isfinite(float(r[name]))]
         panels.setdefault(name.rstrip("_0123456789"), {})[name] = points
     panels = {name: panels[name] for name in sorted(panels, key=lambda n: (n.startswith("val_"), n != "loss", n)) if any(panels[name].values())}
+    if not panels:
+        return
     (width, height), fine = size, 3  # drawn larger, then averaged: smooth lines
     sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
     for i, (name, curves) in enumerate(panels.items()):
         xs, ys = zip(*(point for points in curves.values() for point in points))
         left, right, low, high = min(xs), max(xs), min(ys), max(ys)
         panel = Image.new("RGB", (width * fine, height * fine), "white")
-        draw, inner = ImageDraw.Draw(panel), (72, 26, width - 14, height - 22)
-        draw.rectangle([fine * v for v in inner], outline=(200, 200, 200), width=2)
+        draw, (x0, y0, x1, y1) = ImageDraw.Draw(panel), (72, 26, width - 14, height - 22)
+        draw.rectangle([fine * v for v in (x0, y0, x1, y1)], outline=(200, 200, 200), width=2)
         for (_, points), colour in zip(sorted(curves.items()), itertools.cycle([(38, 110, 190), (220, 90, 30), (40, 150, 80), (140, 70, 170)])):
-            at = [(fine * (inner[0] + (inner[2] - inner[0]) * (x - left) / max(1, right - left)),
-                   fine * (inner[3] - (inner[3] - inner[1]) * (y - low) / (high - low or 1))) for x, y in points]
+            at = [(fine * (x0 + (x1 - x0) * (x - left) / max(1, right - left)), fine * (y1 - (y1 - y0) * (y - low) / (high - low or 1))) for x, y in points]
             draw.line(at, fill=colour, width=4)
             if at:
                 draw.circle(at[-1], 6, fill=colour)  # the last point, or the only one
-        panel, corner = panel.reduce(fine), (i % columns * width, i // columns * height)
-        sheet.paste(panel, corner)
-        write, font = ImageDraw.Draw(sheet).text, ImageFont.load_default(12)
-        for (x, y), text, anchor in ((inner[:2], f"{high:.4g}", "rt"), ((inner[0], inner[3]), f"{low:.4g}", "rb"), ((inner[0], inner[3] + 5), left, "lt"),
-                                     ((inner[2], inner[3] + 5), f"step {right}", "rt"), ((inner[0], 18), name.replace("_", " "), "ls")):
-            write((corner[0] + x - 5 * (anchor[0] == "r" and x == inner[0]), corner[1] + y), str(text), fill="black", font=font, anchor=anchor)
+        panel = panel.reduce(fine)
+        for at, text, anchor in (((x0, 18), name.replace("_", " "), "ls"), ((x0 - 5, y0), f"{high:.4g}", "rt"), ((x0 - 5, y1), f"{low:.4g}", "rb"),
+                                 ((x0, y1 + 5), str(left), "lt"), ((x1, y1 + 5), f"step {right}", "rt")):
+            ImageDraw.Draw(panel).text(at, text, fill="black", font=ImageFont.load_default(12), anchor=anchor)
+        sheet.paste(panel, (i % columns * width, i // columns * height))
     sheet.save(path)
 
 
@@ -277,7 +274,7 @@ def whole_numbers(text):
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def parse(doc, presets, filename, kind, *groups):
+def parse(doc, presets, kind, *groups):
     """
     The command line of a training script: a flag for every field of the dataclasses `groups` that has a help text, over the
     preset's values, over the defaults; with --resume, over the checkpoint's.
@@ -300,22 +297,24 @@ def parse(doc, presets, filename, kind, *groups):
             options["type"] = whole_numbers
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args())
-    preset = presets[given.pop("preset")] if "preset" in given else {}
+    named = given.pop("preset", None)
+    preset = presets.get(named, {})  # what was asked for; of the first preset, which nobody named, only what is lacking is taken
     if given.get("init"):  # shape and loss weights are the checkpoint's
         saved = load_checkpoint(given["init"], kind)["config"]
         with explained(f"--init {given['init']}: its config does not fit this version"):
             config = asdict(groups[0](**saved))
-        preset = (preset or presets[first]) | {name: value for name, value in config.items() if name in every and name != "recompute"}
+        preset = preset | {name: value for name, value in config.items() if name in every and name != "recompute"}
     if "epochs" in given:
-        preset = (preset or presets[first]) | {"steps": 0}
-    settings = {name: f.default for name, f in every.items()} | (preset or presets[first]) | given
+        given.setdefault("steps", 0)
+    settings = {name: f.default for name, f in every.items()} | presets[named or first] | preset | given
 
-    path, checkpoint = Path(settings["out"]) / filename, None
+    path, checkpoint = Path(settings["out"]) / f"{kind}.pt", None
     if settings["resume"]:
         checkpoint = load_checkpoint(path, kind)
         saved = checkpoint.get("settings")
         require(saved, f"{path} holds weights, not a run: it cannot be resumed" + (", but --init starts from it" if kind == "tokenizer" else ""))
         changed = {n: v for n, v in (preset | given).items() if n not in FREE and saved.get(n) != v}
+        require(not changed.keys() & {"init", "tokenizer"}, f"{path}: a run goes on with the model that it began with: leave out --init and --tokenizer")
         require(not changed or settings["overwrite"],
                 f"{path} was made with " + ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} (now {v})" for n, v in changed.items())
                             + ": leave these out to continue it, add --overwrite to continue with the new values, or choose another --out")
@@ -375,7 +374,7 @@ class Run:
     `track` (name -> anything with a state_dict) are what a checkpoint holds, and are restored when resuming.
     """
 
-    def __init__(self, settings, checkpoint, filename, kind, log="log.csv"):
+    def __init__(self, settings, checkpoint, kind, log="log.csv"):
         self.settings, self.checkpoint, self.kind = settings, checkpoint, kind
         vars(self).update({f.name: settings[f.name] for f in fields(TrainConfig)})
         self.device, self.rank, self.world = start(self.device, self.seed)
@@ -383,15 +382,19 @@ class Run:
             self.dtype = "bfloat16" if has_fast_bf16(self.device) else "float32"
         require(self.batch_size % (self.world * self.accumulate) == 0,
                 f"--batch-size {self.batch_size} is not divisible by {self.world} processes x --accumulate {self.accumulate}")
-        self.path = Path(self.out) / filename
+        self.path = Path(self.out) / f"{kind}.pt"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be made into a folder ({error.strerror})") from None
         self.log_path = self.path.parent / log
         self.step, self.steps_total, self.began = 0, self.steps, time.time()
-        self.parts, self.parallel_parts, self.window = {}, [], {}
-        self.asked, self.interrupted, self.events, self.skipped, self.columns = False, False, None, 0, []
+        self.parts, self.parallel_parts = {}, []
+        self.asked = False  # this process got a signal
+        self.interrupted = False  # all processes know of it, and the step is the last
+        self.skipped = 0  # steps in a row that were not finite
+        self.window = {}  # sums since the last log line, see record
+        self.columns, self.events = [], None  # of log.csv, once this process has written to it; TensorBoard's
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == "float16")
         if self.tensorboard and self.rank == 0:
             try:
@@ -441,8 +444,6 @@ class Run:
 
     def parallel(self, module):
         """The module as the training step calls it: compiled if asked for, gradients averaged over the ranks."""
-        if module is None:
-            return None
         called = torch.compile(module) if self.compile else module
         if self.world > 1 and not isinstance(module, FSDPModule):
             takes = inspect.signature(DistributedDataParallel).parameters  # renamed in PyTorch 2.15
@@ -592,34 +593,30 @@ class Run:
             dist.all_reduce(self.window[name])
             self.window[name] *= self.rank == 0
 
-    def log(self, figures=None):
-        """
-        At the end of a step: every log_every steps the window becomes a progress line and a row of log.csv; `figures`
-        (name -> number), an evaluation's, are written as a row of their own.
-        """
-        if figures:
-            self.write_row(figures)
-        elif self.step % self.log_every == 0 or self.step == self.steps_total:
-            self.gather_window()
-            counts = self.window.pop("counts", None)
-            means = {name: float(total / n) if n else math.nan for name, (total, n) in self.window.items()}
-            self.window = {}
-            if self.rank:
-                return
-            row = {"loss": sum(v for n, v in means.items() if n != "discriminator")} | means
-            text = " + ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "discriminator")
-            text = f"loss {row['loss']:.4f} = {text}" + (f" | discriminator {means['discriminator']:.3f}" if "discriminator" in means else "")
-            if counts is not None:
-                share, perplexity = usage(counts)
-                row |= per_code("usage", share) | per_code("perplexity", perplexity)
-                text += f" | codes used {' '.join(f'{100 * s:.0f}' for s in share.tolist())} %"
-                for i, (used, effective) in enumerate(zip(share.tolist(), perplexity.tolist())):
-                    if effective < 2 or used < 0.1:
-                        text += f" | sub-codebook {i + 1} {'has collapsed' if effective < 2 else 'is dying'}: perplexity {effective:.1f}"
-            speed = (self.step - self.first) * self.batch_size / (time.time() - self.clock)
-            left = (self.steps_total - self.step) * self.batch_size / speed
-            self.say(f"step {self.step}/{self.steps_total}  {text} | {speed:.0f} images/s, {duration(left)} left")
-            self.write_row(row)
+    def log(self):
+        """At the end of a step: every log_every steps the window becomes a progress line and a row of log.csv."""
+        if self.step % self.log_every and self.step < self.steps_total:
+            return
+        self.gather_window()
+        counts = self.window.pop("counts", None)
+        means = {name: float(total / n) if n else math.nan for name, (total, n) in self.window.items()}
+        self.window = {}
+        if self.rank:
+            return
+        row = {"loss": sum(v for n, v in means.items() if n != "discriminator")} | means
+        text = " + ".join(f"{name} {value:.4f}" for name, value in means.items() if name != "discriminator")
+        text = f"loss {row['loss']:.4f} = {text}" + (f" | discriminator {means['discriminator']:.3f}" if "discriminator" in means else "")
+        if counts is not None:
+            share, perplexity = usage(counts)
+            row |= per_code("usage", share) | per_code("perplexity", perplexity)
+            text += f" | codes used {' '.join(f'{100 * s:.0f}' for s in share.tolist())} %"
+            for i, (used, effective) in enumerate(zip(share.tolist(), perplexity.tolist())):
+                if effective < 2 or used < 0.1:
+                    text += f" | sub-codebook {i + 1} {'has collapsed' if effective < 2 else 'is dying'}: perplexity {effective:.1f}"
+        speed = (self.step - self.first) * self.batch_size / (time.time() - self.clock)
+        left = (self.steps_total - self.step) * self.batch_size / speed
+        self.say(f"step {self.step}/{self.steps_total}  {text} | {speed:.0f} images/s, {duration(left)} left")
+        self.write_row(row)
 
     def write_row(self, figures):
         if self.rank:
@@ -645,19 +642,24 @@ class Run:
             for name, value in figures.items():
                 self.events.add_scalar(name, value, self.step)
 
-    def milestone(self, evaluate, paint, **extra):
+    def milestone(self, model, evaluate, paint, **extra):
         """
-        What ends a step that is due: the figures of evaluate() -> (name -> number, the same in words) into log and output, the
-        checkpoint with `extra`, the picture that paint() saves. Of an interrupted run the checkpoint alone: there may be seconds left.
+        What ends a step that is due: first the checkpoint with `extra`; then, with the model in eval mode, the figures of evaluate() -> (name ->
+        number, the same in words) into log and output, and the picture that paint() saves. Of an interrupted run the checkpoint alone: there
+        may be seconds left.
         """
-        if not self.interrupted:
-            figures, words = evaluate()
-            self.log(figures)
-            self.say(f"step {self.step}/{self.steps_total}  held out: {words}")
         self.save(**extra)
-        if not self.interrupted:
-            paint()
-            save_curves(self.log_path.with_suffix(".png"), self.log_path) if self.rank == 0 else None
+        if self.interrupted:
+            return
+        was_training = model.training
+        model.eval()
+        figures, words = evaluate()
+        self.write_row(figures)
+        self.say(f"step {self.step}/{self.steps_total}  held out: {words}")
+        paint()
+        model.train(was_training)
+        if self.rank == 0:
+            save_curves(self.log_path.with_suffix(".png"), self.log_path)
 
     def save(self, **extra):
         """Writes the checkpoint: all tracked parts, where the run stands, its settings, and `extra`."""
@@ -681,9 +683,9 @@ def sharded(value, like):
 
 
 def leave_signals_to_main(_):
-    """In a process that loads data, of the group that gets a signal: it works on while the main one finishes its step, for 20 s at most."""
+    """In a process that loads data, of the group that gets a signal: it works on while the main one finishes its step, for two minutes at most."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20) if hasattr(signal, "alarm") else None)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120) if hasattr(signal, "alarm") else None)
 
 
 def fixed_draw(data):
@@ -711,7 +713,7 @@ class StartConfig:
     init: str = flag("", "a checkpoint, ours or a published one: the run starts from its weights, shape and loss weights; all else is the preset's")
 
 
-PAPER_TEACHERS = {1: [], 2: ["clip_vitl14"]}  # and for any k above
+PAPER_TEACHERS = [], ["clip_vitl14"], ["dinov2_vits14", "clip_vitb16"]  # for k of 1, 2, and 3 or more
 
 
 def features_of(images, teachers, run, every_rank):
@@ -756,9 +758,7 @@ def take_counts(model):
 @torch.no_grad()
 def evaluate(model, data, run):
     """PSNR (dB, mean over images) and each sub-codebook's usage and perplexity on eval_images of `data`, in figures and in words."""
-    config, was_training = model.config, model.training
-    model.eval()
-    total = torch.zeros(2, device=run.device)
+    config, total = model.config, torch.zeros(2, device=run.device)
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=run.device)
     for images, _ in run.evaluation_batches(data):
         with run.autocast():
@@ -769,7 +769,6 @@ def evaluate(model, data, run):
     if run.world > 1:
         dist.all_reduce(total)
         dist.all_reduce(counts)
-    model.train(was_training)
     value, (share, perplexity) = float(total[0] / total[1]), usage(counts)
     return ({"val_psnr": value} | per_code("val_usage", share) | per_code("val_perplexity", perplexity),
             f"PSNR {value:.2f} dB, codes used {' '.join(f'{100 * s:.1f}' for s in share.tolist())} %, perplexity {' '.join(f'{p:.0f}' for p in perplexity.tolist())}")
@@ -778,13 +777,10 @@ def evaluate(model, data, run):
 @torch.no_grad()
 def reconstruction_rows(model, images):
     """For save_grid: the images, their reconstructions, what each sub-codebook holds of them alone, and what is left without it."""
-    was_training = model.training
-    ids, each = model.eval().encode(images), range(model.config.k)
+    ids, each = model.encode(images), range(model.config.k)
     rows = [("original", images), ("reconstruction", model.decode(ids))]
     rows += [(f"codebook {i + 1} alone", model.decode(ids, only=[i])) for i in each if model.config.k > 1]
-    rows += [(f"without {i + 1}", model.decode(ids, only=[j for j in each if j != i])) for i in each if model.config.k > 2]
-    model.train(was_training)
-    return rows
+    return rows + [(f"without {i + 1}", model.decode(ids, only=[j for j in each if j != i])) for i in each if model.config.k > 2]
 
 
 def save_reconstructions(model, data, run):
@@ -794,14 +790,15 @@ def save_reconstructions(model, data, run):
 
 
 def main():
-    settings, checkpoint = parse(__doc__, PRESETS, "tokenizer.pt", "tokenizer", FQGANConfig, TrainConfig, StartConfig)
-    names = settings["teachers"]
-    names = PAPER_TEACHERS.get(settings["k"], ["dinov2_vits14", "clip_vitb16"]) if names == "paper" else [n for n in names.split(",") if n and n != "none"]
-    config = pick(FQGANConfig, settings)
+    settings, checkpoint = parse(__doc__, PRESETS, "tokenizer", FQGANConfig, TrainConfig, StartConfig)
+    config, names = pick(FQGANConfig, settings), settings["teachers"]
+    names = PAPER_TEACHERS[min(config.k, 3) - 1] if names == "paper" else [n for n in names.split(",") if n and n != "none"]
+    require(not config.perceptual_weight or config.image_size >= 16,
+            f"--image-size {config.image_size} is too small for LPIPS: 16 or more, or --perceptual-weight 0")
     require(not config.disc_weight or config.image_size >= 24,
             f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
     settings["data"] = settings["data"] or "shapes"
-    run = Run(settings, checkpoint, "tokenizer.pt", "tokenizer")
+    run = Run(settings, checkpoint, "tokenizer")
     teachers = one_first(lambda: [load_teacher(name).to(run.device) for name in names])
     config = replace(config, teacher_widths=tuple(width_of(t, name, config.image_size, run.device) for t, name in zip(teachers, names)))
     lpips = one_first(LPIPS).to(run.device) if config.perceptual_weight else None
@@ -815,7 +812,7 @@ def main():
     optimizer, disc_optimizer = (torch.optim.Adam(m.parameters(), lr=run.lr, betas=(0.9, 0.95), fused=True) if m else None for m in (model, disc))
     run.track(model=model, ema=ema, optimizer=optimizer, discriminator=disc, disc_optimizer=disc_optimizer)
     run.prepare(train_data)
-    parallel_model, parallel_disc = run.parallel(model), run.parallel(disc)
+    parallel_model, parallel_disc = run.parallel(model), disc and run.parallel(disc)
 
     run.say(f"FQGAN: k={config.k} sub-codebooks of {config.codebook_size} codes, {config.grid}x{config.grid} positions, "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
@@ -849,13 +846,13 @@ def main():
                     losses["discriminator"] = config.disc_weight * hinge_loss(parallel_disc(images), parallel_disc(reconstruction.detach()))
                 run.backward({"discriminator": losses["discriminator"]})
             run.record(losses, take_counts(model))
-        run.update(*[(model, optimizer), (disc, disc_optimizer)][:1 + adversarial])
+        run.update((model, optimizer), *[(disc, disc_optimizer)] * adversarial)
         run.average(ema, model)
         run.log()
 
         if run.due:
             best = ema or model
-            run.milestone(lambda: evaluate(best, held_out, run), lambda: save_reconstructions(best, held_out, run), config=asdict(config))
+            run.milestone(best, lambda: evaluate(best, held_out, run), lambda: save_reconstructions(best, held_out, run), config=asdict(config))
     run.finish(f"{run.path}, {run.path.parent / 'recon.png'} (look at it), {run.path.parent / 'log.csv'}",
                "python train_gpt.py" + (f" --out {run.out}" if run.out != "out" else ""))
 
