@@ -432,7 +432,7 @@ class FQGANConfig:
                 f"image_size {self.image_size} is not divisible by downsample {self.downsample}: "
                 f"{max(1, self.image_size // self.downsample) * self.downsample} is")
         levels = (self.downsample // self.patch_size).bit_length()
-        self.channel_mult = tuple(self.channel_mult) or ((1,) * levels + (2, 2, 4))[-levels:]  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x
+        self.channel_mult = tuple(self.channel_mult) or (1, *((1,) * levels + (2, 2, 4))[4:])  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x
         self.teacher_widths = tuple(self.teacher_widths)
         require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
         require(len(self.channel_mult) == levels,

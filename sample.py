@@ -178,12 +178,14 @@ def remember(path, settings):
 
 def pack(path, files):
     """The files' pixels as arr_0 (n, H, W, 3) uint8, one image in memory at a time."""
-    whole, shape = path.with_name(f".{path.stem}.npz"), (len(files), *np.asarray(Image.open(files[0])).shape)
+    whole, shape = path.with_name(f".{path.stem}.npz"), (len(files), *np.asarray(Image.open(files[0]).convert("RGB")).shape)
     try:
         with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:  # what np.savez writes, image by image
             np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for file in files:
-                member.write(np.asarray(Image.open(file)).tobytes())
+                pixels = np.asarray(Image.open(file).convert("RGB"))
+                require(pixels.shape == shape[1:], f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the first {shape[2]}x{shape[1]}: remove it, and it is made again")
+                member.write(pixels.tobytes())
         whole.replace(path)
     finally:
         whole.unlink(missing_ok=True)

@@ -45,7 +45,7 @@ class TokenConfig:
 class Tokens(torch.utils.data.Dataset):
     """
     The codes of a data set, one record an image: `label`, `ids` (crops, k, h, w) in the smallest integer type that
-    fits, `done`. Items are (ids (k,h,w) int64, label); of the crops, the one that the draw of (index, draw) picks.
+    fits, and last `done`, which a record that is cut off lacks. Items are (ids (k,h,w) int64, label); of the crops, the one that the draw of (index, draw) picks.
 
     A .npy file, memory-mapped, with the fingerprint of the tokenizer and of the images' names in a .json beside it. Encoding that was cut
     off goes on where it stopped; a file made with another tokenizer or other images is refused, or with `overwrite` made anew.
@@ -54,7 +54,7 @@ class Tokens(torch.utils.data.Dataset):
 
     def __init__(self, path, data, tokenizer, crops, run):
         self.origin, c = data.origin, tokenizer.config
-        kind = np.dtype([("label", np.int32), ("done", np.bool_), ("ids", np.min_scalar_type(c.codebook_size - 1), (crops, c.k, c.grid, c.grid))])
+        kind = np.dtype([("label", np.int32), ("ids", np.min_scalar_type(c.codebook_size - 1), (crops, c.k, c.grid, c.grid)), ("done", np.bool_)])
         weights = hashlib.sha256()
         for name, tensor in sorted(tokenizer.state_dict().items()):
             weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -73,7 +73,7 @@ class Tokens(torch.utils.data.Dataset):
                 note.unlink(missing_ok=True)
                 np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
                 reserve(path)
-                note.write_text(json.dumps(made_of, indent=1))
+                write_whole(note, json.dumps(made_of, indent=1))
         if run.world > 1:
             dist.barrier()
         whole = json.loads(note.read_text()).get("whole")
@@ -84,7 +84,7 @@ class Tokens(torch.utils.data.Dataset):
             missing = int((~self.records["done"]).sum())
             require(not missing, f"{path}: {missing} images are not encoded: are all processes writing to one disk?")
             if run.rank == 0:
-                note.write_text(json.dumps(made_of | {"whole": True}, indent=1))
+                write_whole(note, json.dumps(made_of | {"whole": True}, indent=1))
 
     def __getstate__(self):  # a process that loads data maps the file itself
         return vars(self) | {"records": None}
@@ -122,6 +122,13 @@ class Tokens(torch.utils.data.Dataset):
         record = self.records[index]
         view = random.Random(f"{index} {draw}").randrange(len(record["ids"])) if draw else 0
         return torch.from_numpy(record["ids"][view].astype(np.int64)), int(record["label"])
+
+
+def write_whole(path, text):
+    """Writes a file so that it is never there in part."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def reserve(path):
@@ -163,7 +170,7 @@ def save_samples(model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
         return
     shown = range(min(most, len(classes)))
     labels = torch.tensor([c for c in shown for _ in range(columns)], device=run.device)
-    ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed))
+    ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed % 2**63))
     with torch.no_grad(), run.autocast():
         images = torch.cat([tokenizer.decode(row) for row in ids.split(columns)])
     if run.rank == 0:
@@ -200,8 +207,7 @@ def main():
             f"at {config.grid}x{config.grid} positions, {config.num_classes} classes, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     tokens, held_out = (Tokens(run.path.parent / f"tokens_{name}.npy", data, tokenizer, crops, run)
                         for name, data, crops in zip(("train", "val"), sources, (settings["crops"], 1)))
-    run.say(f"data: {tokens.origin}: {len(tokens)} images; held out: {held_out.origin}: {len(held_out)}")
-    run.describe()
+    run.describe(tokens, held_out)
     parallel_model = run.parallel(model)
 
     for _ in run.loop(tokens, [optimizer]):

@@ -1,8 +1,8 @@
 """
 Trains the factorized tokenizer into out/tokenizer.pt; beside it out/recon.png, and out/log.csv with its curves in out/log.png.
 
-$ python train_tokenizer.py --k 3                                        # built-in shapes, minutes on a laptop
-$ python train_tokenizer.py --data photos/ --preset fqgan-ds16 --accumulate 8           # the paper's recipe, on one GPU
+$ python train_tokenizer.py --k 3                                                  # built-in shapes, minutes on a laptop
+$ python train_tokenizer.py --data photos/ --preset fqgan-ds16 --accumulate 8      # the paper's recipe, on one GPU
 $ torchrun --nproc-per-node=8 train_tokenizer.py --data imagenet/ --preset fqgan-ds16
 """
 
@@ -12,7 +12,6 @@ import csv
 import gc
 import hashlib
 import inspect
-import itertools
 import math
 import os
 import shutil
@@ -67,7 +66,7 @@ def cli(main):
         end = f"{Path(sys.argv[0]).name}: {error}"
     except torch.OutOfMemoryError as error:
         end = (f"{Path(sys.argv[0]).name}: out of memory ({str(error).splitlines()[0][:160]}): give a smaller --batch-size, or in training "
-               "--recompute or a larger --accumulate")
+               "a larger --accumulate (a tokenizer also takes --recompute)")
     except KeyboardInterrupt:
         end = 130
     sys.exit(end)  # not above: here the failed main() is gone, and with it the processes that loaded its data
@@ -186,36 +185,38 @@ def save_grid(path, rows, tile=96):
     sheet.save(path)
 
 
-def save_curves(path, log_path, size=(340, 200), columns=3):
+def save_curves(path, log_path):
     """Draws a log: a panel for each figure, the sub-codebooks' together, from its smallest to its largest value."""
     with open(log_path, newline="") as file:
         rows = list(csv.DictReader(file))
     panels = {}  # name -> the points of one curve or of several
     for name in rows[0].keys() - {"step", "lr"} if rows else ():
         points = [(int(r["step"]), float(r[name])) for r in rows if r[name] and math.isfinite(float(r[name]))]
-        panels.setdefault(name.rstrip("_0123456789"), {})[name] = points
-    panels = {name: panels[name] for name in sorted(panels, key=lambda n: (n.startswith("val_"), n != "loss", n)) if any(panels[name].values())}
+        if points:
+            panels.setdefault(name.rstrip("_0123456789"), {})[name] = points
     if not panels:
         return
-    (width, height), fine = size, 3  # drawn larger, then averaged: smooth lines
-    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
-    for i, (name, curves) in enumerate(panels.items()):
-        xs, ys = zip(*(point for points in curves.values() for point in points))
+    width, height, columns, fine = 340, 200, 3, 3  # drawn three times as large, then averaged: smooth lines
+    sheet = Image.new("RGB", (fine * columns * width, fine * -(-len(panels) // columns) * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12 * fine)
+    colours = (38, 110, 190), (220, 90, 30), (40, 150, 80), (140, 70, 170)
+    for i, name in enumerate(sorted(panels, key=lambda n: (n.startswith("val_"), n != "loss", n))):
+        xs, ys = zip(*(point for points in panels[name].values() for point in points))
         left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-        panel = Image.new("RGB", (width * fine, height * fine), "white")
-        draw, (x0, y0, x1, y1) = ImageDraw.Draw(panel), (72, 26, width - 14, height - 22)
+        x0, y0 = i % columns * width + 72, i // columns * height + 26
+        x1, y1 = x0 + width - 86, y0 + height - 48
         draw.rectangle([fine * v for v in (x0, y0, x1, y1)], outline=(200, 200, 200), width=2)
-        for (_, points), colour in zip(sorted(curves.items()), itertools.cycle([(38, 110, 190), (220, 90, 30), (40, 150, 80), (140, 70, 170)])):
+        title = name.replace("_", " ")
+        for j, (curve, points) in enumerate(sorted(panels[name].items())):
             at = [(fine * (x0 + (x1 - x0) * (x - left) / max(1, right - left)), fine * (y1 - (y1 - y0) * (y - low) / (high - low or 1))) for x, y in points]
-            draw.line(at, fill=colour, width=4)
-            if at:
-                draw.circle(at[-1], 6, fill=colour)  # the last point, or the only one
-        panel = panel.reduce(fine)
-        for at, text, anchor in (((x0, 18), name.replace("_", " "), "ls"), ((x0 - 5, y0), f"{high:.4g}", "rt"), ((x0 - 5, y1), f"{low:.4g}", "rb"),
-                                 ((x0, y1 + 5), str(left), "lt"), ((x1, y1 + 5), f"step {right}", "rt")):
-            ImageDraw.Draw(panel).text(at, text, fill="black", font=ImageFont.load_default(12), anchor=anchor)
-        sheet.paste(panel, (i % columns * width, i // columns * height))
-    sheet.save(path)
+            draw.line(at, fill=colours[j % 4], width=4)
+            draw.circle(at[-1], 7, fill=colours[j % 4])  # the last point, or the only one
+            if curve != name:  # a sub-codebook's: its number
+                draw.text((fine * (x0 + 15 * j) + font.getlength(f"{title}  "), fine * (y0 - 8)), curve.rsplit("_", 1)[1], colours[j % 4], font, "ls")
+        for x, y, text, anchor in ((x0, y0 - 8, title, "ls"), (x0 - 5, y0, f"{high:.3g}", "rt"), (x0 - 5, y1, f"{low:.3g}", "rb"),
+                                   (x0, y1 + 5, str(left), "lt"), (x1, y1 + 5, f"step {right}", "rt")):
+            draw.text((fine * x, fine * y), text, "black", font, anchor)
+    sheet.reduce(fine).save(path)
 
 
 def psnr(images, others):
@@ -464,9 +465,11 @@ class Run:
         require(len(data) >= self.batch_size, f"{data.origin}: {len(data)} images are fewer than one batch; --batch-size {len(data)} or less would do")
         self.steps_total = self.steps or max(1, math.ceil(self.epochs * len(data) / self.batch_size))
         require(self.step < self.steps_total,
-                f"{self.path} is already at step {self.step} of {self.steps_total}: to train on, add --steps with a larger number and --overwrite")
+                f"{self.path} is already at step {self.step} of {self.steps_total}: evaluate.py measures it; to train on, add --steps with a larger "
+                "number and --overwrite")
 
-    def describe(self):
+    def describe(self, train, held_out):
+        self.say(f"data: {train.origin}: {len(train)} images; held out: {held_out.origin}: {len(held_out)}")
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         self.say(f"steps {self.step} to {self.steps_total} of {self.batch_size} images, {self.world} x {machine}, {self.dtype}"
                  + (", compiled" if self.compile else "") + (f", {self.accumulate} micro-batches" if self.accumulate > 1 else ""))
@@ -475,6 +478,7 @@ class Run:
         if self.interrupted and self.step < self.steps_total:
             self.say(f"stopped at step {self.step} of {self.steps_total}; all is in {self.path}: --resume goes on from here")
             raise KeyboardInterrupt
+        made = f"{self.path} alone, not evaluated" if self.interrupted else made
         self.say(f"done in {duration(time.time() - self.began)}: {made}\nnext: {following}")
 
     def evaluation_batches(self, data):
@@ -816,8 +820,7 @@ def main():
 
     run.say(f"FQGAN: k={config.k} sub-codebooks of {config.codebook_size} codes, {config.grid}x{config.grid} positions, "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    run.say(f"data: {train_data.origin}: {len(train_data)} images; held out: {held_out.origin}: {len(held_out)}")
-    run.describe()
+    run.describe(train_data, held_out)
     zero = "its weight is 0"
     terms = {  # name: why it is off, if it is
         "reconstruct": "", "codebook": "", "commit": "" if config.commit_weight else zero, "entropy": "" if config.entropy_weight else zero,
