@@ -610,7 +610,7 @@ class Quantizer(nn.Module):
         return z + (z_q - z).detach(), ids, losses  # straight-through: the value of z_q, the gradient of z
 
 
-def at_once(codes):
+def rows_at_once(codes):
     """How many vectors are compared with all codes (V,d) at a time: the (rows, V) matrix fits a CPU's cache, or takes 256 MB of a GPU."""
     return max(16, (2**18 if codes.device.type == "cpu" else 2**26) // len(codes))
 
@@ -618,7 +618,7 @@ def at_once(codes):
 @torch.no_grad()
 def search(vectors, codes):
     """vectors (n,d) and codes (V,d) of unit length -> the number of each vector's nearest code (n,)"""
-    return torch.cat([(rows @ codes.T).argmax(1) for rows in vectors.split(at_once(codes))])
+    return torch.cat([(rows @ codes.T).argmax(1) for rows in vectors.split(rows_at_once(codes))])
 
 
 class Entropy(torch.autograd.Function):
@@ -629,22 +629,22 @@ class Entropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def parts(z, codes, temperature):
+    def chunks(z, codes, temperature):
         """Yields, some rows of z at a time: the rows (r,d), logits (r,V), p = softmax(logits); logsumexp and argmax of the logits, (r,1) each."""
         scaled = codes.T * (2 / temperature)  # |z - code|^2 = 2 - 2 cosine
-        for rows in z.split(at_once(codes)):
+        for rows in z.split(rows_at_once(codes)):
             logits = rows @ scaled
-            p, (top, at) = logits.softmax(1), logits.max(1, keepdim=True)
-            yield rows, logits, p, top - p.gather(1, at).log(), at  # logsumexp without a second exp
+            p, (top, nearest) = logits.softmax(1), logits.max(1, keepdim=True)
+            yield rows, logits, p, top - p.gather(1, nearest).log(), nearest  # logsumexp without a second exp
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
         entropy, total = 0, 0
         ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # not a list: small tensors between large ones fragment the memory
-        for (_, logits, p, log_sum, at), found in zip(Entropy.parts(z, codes, temperature), ids.split(at_once(codes))):
+        for (_, logits, p, log_sum, nearest), found in zip(Entropy.chunks(z, codes, temperature), ids.split(rows_at_once(codes))):
             entropy = entropy + (log_sum.squeeze(1) - torch.linalg.vecdot(p, logits)).sum()
             total = total + p.sum(0)
-            found.copy_(at.squeeze(1))
+            found.copy_(nearest.squeeze(1))
         mean = total / len(z)
         ctx.save_for_backward(z, codes, mean)
         ctx.mark_non_differentiable(ids)
@@ -654,13 +654,13 @@ class Entropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         z, codes, mean = ctx.saved_tensors
-        of_mean = (mean + 1e-5).log() + mean / (mean + 1e-5)
+        mean_term = (mean + 1e-5).log() + mean / (mean + 1e-5)
         gradient_z, gradient_codes = torch.empty_like(z), torch.zeros_like(codes)
         with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
-            for (rows, logits, p, log_sum, _), its_gradient in zip(Entropy.parts(z, codes, ctx.temperature), gradient_z.split(at_once(codes))):
-                slope = logits.neg_().add_(of_mean).add_(log_sum)  # of_mean - log p, the derivative by p but for a constant
+            for (rows, logits, p, log_sum, _), rows_gradient in zip(Entropy.chunks(z, codes, ctx.temperature), gradient_z.split(rows_at_once(codes))):
+                slope = logits.neg_().add_(mean_term).add_(log_sum)  # mean_term - log p, the derivative by p but for a constant
                 slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
-                torch.mm(slope, codes, out=its_gradient)
+                torch.mm(slope, codes, out=rows_gradient)
                 gradient_codes.addmm_(slope.T, rows)
         scale = gradient * 2 / (ctx.temperature * len(z))
         return gradient_z * scale, gradient_codes * scale, None
@@ -1138,7 +1138,7 @@ def fetch(url, digest, local=None):
             return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest().startswith(digest)
 
     if not (path.is_file() and whole()):
-        with explained(f"{url} cannot be downloaded", f"; put it at {path}, or name a local copy"):
+        with explained(f"{url} cannot be downloaded", f"; put it at {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))  # under another name until it is complete
             if not whole():

@@ -838,7 +838,8 @@ def main():
                 reconstruction, losses = parallel_model(images, features, first)
                 if lpips:
                     losses["perceptual"] = config.perceptual_weight * lpips(images, reconstruction).mean()
-                losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / run.steps_total)
+                if "entropy" in losses:  # a quantizer of one's own may have none
+                    losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / run.steps_total)
                 if adversarial:
                     disc.requires_grad_(False)
                     losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
