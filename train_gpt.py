@@ -45,7 +45,8 @@ class TokenConfig:
 class Tokens(torch.utils.data.Dataset):
     """
     The codes of a data set, one record an image: `label`, `ids` (crops, k, h, w) in the smallest integer type that
-    fits, and last `done`, which a record that is cut off lacks. Items are (ids (k,h,w) int64, label); of the crops, the one that the draw of (index, draw) picks.
+    fits, and last `done`, which a record that is cut off lacks. Items are (ids (k,h,w) int64, label); of the crops, the
+    one that the draw of (index, draw) picks.
 
     A .npy file, memory-mapped, with the fingerprint of the tokenizer and of the images' names in a .json beside it. Encoding that was cut
     off goes on where it stopped; a file made with another tokenizer or other images is refused, or with `overwrite` made anew.
