@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fqgan import LPIPS, Folder, UserError, explained, fetch, load_tokenizer, read_weights, require, to_uint8, upright_rgb
 from sample import generate, load_generator, parse_knobs, stamp
-from train_tokenizer import Parser, cli, data_name, duration, fixed_draw, load_parts, per_code, psnr, reconstruction_rows, save_grid, start, usage
+from train_tokenizer import Parser, cli, data_name, duration, fixed_draw, load_parts, per_code, psnr, replacing, reconstruction_rows, save_grid, start, usage
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -409,20 +409,14 @@ def reference(images, network, options, every=0):
                 say(f"{path} cannot be read ({error}): made again")
         if not agree(bool(known))[0]:
             known = features_of(images, network, options, every)
-            keep_for_next_time(path, known) if path else None
+            if rank() == 0:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(path) as whole:
+                        np.savez(whole, **known)
+                except OSError as error:
+                    say(f"{path} cannot be written ({error}): these features are not kept for the next time")
     return known | images.statistics
-
-
-def keep_for_next_time(path, known):
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **known)
-        temporary.replace(path)
-    except OSError as error:
-        say(f"{path} cannot be written ({error}): these features are not kept for the next time")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------

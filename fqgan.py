@@ -19,6 +19,7 @@ import functools
 import hashlib
 import inspect
 import math
+import os
 import random
 import re
 import sys
@@ -144,13 +145,13 @@ def crop_square(image, size, rng=None, views=1):
     scale = short / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     if rng:
-        boxes = [(*(rng.randint(0, side - size) for side in image.size), rng.random() < 0.5)]
+        corners, mirrored = [[rng.randint(0, side - size) for side in image.size]], [rng.random() < 0.5]
     else:
         places = [(0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1)] if views == 10 else [(0, 0)]  # from the center
-        boxes = [(*((side - size + way * (short - size)) // 2 for side, way in zip(image.size, place)), mirrored)
-                 for mirrored in (False, True)[:views] for place in places]
-    crops = [(image.crop((left, top, left + size, top + size)), mirrored) for left, top, mirrored in boxes]
-    return [ImageOps.mirror(crop) if mirrored else crop for crop, mirrored in crops]
+        corners = [[(side - size + way * (short - size)) // 2 for side, way in zip(image.size, place)] for place in places]
+        mirrored = [False, True][:views]
+    crops = [image.crop((left, top, left + size, top + size)) for left, top in corners]
+    return [ImageOps.mirror(crop) if mirror else crop for mirror in mirrored for crop in crops]
 
 
 class ImageData(torch.utils.data.Dataset):
@@ -158,8 +159,8 @@ class ImageData(torch.utils.data.Dataset):
     Items are (image (3,H,W) float in [-1, 1], label int). The index may be a pair (index, draw): the random crop is a
     function of both, so that any step of a run can be repeated without the steps before it.
 
-    An image that cannot be read is named once on stderr and replaced by the next one that can; more than 1 %
-    unreadable raises UserError. `unreadable` counts them, over all worker processes.
+    An image that cannot be read is named once on stderr and replaced by the next one that can; more than 1 % of
+    them, and more than one, raise UserError. `unreadable` counts them, over all worker processes.
     """
 
     def __init__(self, source, classes, image_size, augment, origin):
@@ -209,7 +210,8 @@ class Folder:
         folders = self.class_folders(path) or [path]
         self.classes = [folder.name for folder in folders]
         self.samples = [(p, label) for label, folder in enumerate(folders) for p in self.files(folder)]
-        require(self.samples, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
+        where = f"the folders in {path} hold" if folders != [path] else f"{path} holds"
+        require(self.samples, f"{where} no image (looked for .jpg, .jpeg, .png, .webp, ...)")
 
     @classmethod
     def files(cls, path):
@@ -233,7 +235,7 @@ class Folder:
 
 def load_data(name_or_path, image_size, train):
     """
-    A data set of (image (3,H,W) in [-1, 1], label int) with `.classes`, center-cropped, or with `train` randomly.
+    A data set of (image (3,H,W) in [-1, 1], label int) with `.classes`, center-cropped, or with `train` randomly (shapes never).
 
     `name_or_path`: "shapes"; a folder of class folders or of images; a name of torchvision.datasets in lower case,
     downloaded into torch.hub's cache. Of a folder with `train` and `val` inside, these are the two parts; of another,
@@ -242,7 +244,7 @@ def load_data(name_or_path, image_size, train):
     """
     if name_or_path == "shapes":
         return ImageData(Shapes(image_size, train), Shapes.classes, image_size, False, f"shapes, {'training' if train else 'held-out'} part")
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.exists():
         parts = path / "train", path / "val"
         if all(p.is_dir() for p in parts):
@@ -260,7 +262,7 @@ def load_data(name_or_path, image_size, train):
     takes = inspect.signature(make).parameters if make else ()
     require("root" in takes, f"--data {name_or_path}: no such folder, and torchvision has no data set of that name "
                              "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
-    splits = ("train", "trainval") if train else ("val", "test", "valid")
+    splits = ("train", "trainval") if train else ("val", "test")
     parts = [{"train": train}] if "train" in takes else [{"split": name} for name in splits if "split" in takes] or [{}]
     options = {"root": Path(torch.hub.get_dir()) / "datasets"} | ({"download": True} if "download" in takes else {})
     for part in parts:
@@ -320,8 +322,8 @@ class Attention(nn.Module):
         if cache is not None:
             cache[0, :, :, at:at + T], cache[1, :, :, at:at + T] = k, v
             k, v = cache[:, :, :, :at + T]
-        # in training on CPUs float32: under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
-        dtype = torch.float32 if x.device.type == "cpu" and torch.is_grad_enabled() else v.dtype
+        # in training on CPUs at least float32: under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
+        dtype = torch.promote_types(v.dtype, torch.float32) if x.device.type == "cpu" and torch.is_grad_enabled() else v.dtype
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=self.causal and T > 1)
         return self.proj(y.to(v.dtype).transpose(1, 2).reshape(B, T, C))
@@ -469,10 +471,10 @@ class ResBlock(nn.Module):
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
             keep_convolutions = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
-            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep_convolutions)
-        return self.residual(x)
+            return checkpoint(self.add_residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep_convolutions)
+        return self.add_residual(x)
 
-    def residual(self, x):
+    def add_residual(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
@@ -805,7 +807,7 @@ class LPIPS(nn.Module):
 
     taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the ReLUs of VGG-16 whose output is taken, and its channels
     vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "d507d7349b931f0638a25a48a722f98a")
+    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "a78928a0af1e5f0f")
 
     def __init__(self, vgg=None, lin=None):
         super().__init__()
@@ -817,13 +819,12 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def maps(self, images):
-        """The five feature maps, of unit length over the channels."""
-        x, maps = self.normalize(images), []
+        """Yields the five feature maps, of unit length over the channels."""
+        x = self.normalize(images)
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
-                maps.append(F.normalize(x.float(), dim=1, eps=1e-10))
-        return maps
+                yield F.normalize(x.float(), dim=1, eps=1e-10)
 
     def forward(self, images, others):
         return sum(((a - b).square() * lin.weight).sum(1).mean((1, 2)) for a, b, lin in zip(self.maps(images), self.maps(others), self.lin))
@@ -882,7 +883,7 @@ def load_teacher(name, weights=None):
     A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, from a local file `weights` or else fetched once; or
     any model of one's own, a TorchScript file or a torch.export one (.pt2). Raises UserError where it cannot be had.
     """
-    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
+    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(weights or name)
     require(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
     with explained(f"{path} does not hold the teacher {name}"), warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
         if name not in TEACHERS:
@@ -927,6 +928,7 @@ class GPTConfig:
         require(self.n_embd % (4 * self.n_head) == 0,
                 f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
         require(self.head_layers >= (self.k > 1), f"head_layers is {self.head_layers}; with k={self.k} it must be at least {int(self.k > 1)}")
+        require(self.grid <= 1024, f"grid is {self.grid}; it must be at most 1024")  # its table is in no checkpoint, to be compared with
         require(self.k <= 1 + self.grid**2, f"k={self.k} codes are more than the {1 + self.grid**2} rotary positions of a {self.grid}x{self.grid} grid")
         for name in ("dropout", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -942,16 +944,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config, D = config, config.n_embd
         norm = functools.partial(nn.RMSNorm, eps=1e-5)
-
-        def blocks(n):
-            return nn.ModuleList(Block(D, Attention(D, config.n_head, bias=False, causal=True), SwiGLU(D), norm, config.dropout)
-                                 for _ in range(n))
-
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)  # the last row is the null class
         self.token_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, D) for _ in range(config.k))
         self.aggregate = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.trunk, self.head = blocks(config.n_layer), blocks(config.head_layers)
+        self.trunk, self.head = (
+            nn.ModuleList(Block(D, Attention(D, config.n_head, bias=False, causal=True), SwiGLU(D), norm, config.dropout) for _ in range(n))
+            for n in (config.n_layer, config.head_layers))
         self.norm = norm(D)
         self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
         self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
@@ -1102,10 +1101,11 @@ def load_checkpoint(path, kind):
         contents = read_published(contents, path)
     found = contents.get("kind")
     require(found == kind, f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
-    config = contents.get("config")
-    plain = (int, float, str, list, tuple)  # a tensor may be without end
-    require(isinstance(config, dict) and all(isinstance(value, plain) for value in config.values()),
-            f"{path}: weights and config do not fit this version (it has no config of plain values)")
+    for part in (contents, contents.get("tokenizer", contents)):  # a GPT's file holds its tokenizer
+        config = part.get("config") if isinstance(part, dict) else None
+        plain = (int, float, str, list, tuple)  # a tensor may be without end
+        require(isinstance(config, dict) and all(isinstance(value, plain) for value in config.values()),
+                f"{path}: weights and config do not fit this version (it has no config of plain values)")
     return contents
 
 
@@ -1126,24 +1126,19 @@ def build(model_class, config_class, state, path, device="cpu", **defaults):
 def fetch(url, digest, local=None):
     """
     The path of a published file: `local` if given; else its copy in torch.hub's cache, downloaded if it is not there whole.
-    digest: the file's SHA-256 or the beginning of it, or its MD5. Raises UserError where the file cannot be had.
+    digest: the file's SHA-256 or the beginning of it. Raises UserError where the file cannot be had.
     """
     if local:
         require(Path(local).is_file(), f"no file at {local}; what belongs there is {url}")
         return Path(local)
     path = Path(torch.hub.get_dir()) / "checkpoints" / "-".join(url.split("/")[-2:])
-
-    def whole():
+    if path.is_file():
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest().startswith(digest)
-
-    if not (path.is_file() and whole()):
-        with explained(f"{url} cannot be downloaded", f"; put it at {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))  # under another name until it is complete
-            if not whole():
-                path.unlink()
-                raise OSError("what came has another checksum")
+            if hashlib.file_digest(file, "sha256").hexdigest().startswith(digest):
+                return path
+    with explained(f"{url} cannot be downloaded", f"; put it at {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest)  # under another name until it is whole and its digest is this one
     return path
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from fqgan import FQGAN, FQGANConfig, Folder, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, require, sampling, to_uint8
-from train_tokenizer import Parser, cli, has_fast_bf16, save_grid, start
+from train_tokenizer import Parser, cli, has_fast_bf16, replacing, save_grid, start
 
 
 def numbers(kind):
@@ -138,9 +138,8 @@ def main():
             made.append(images.cpu())
         else:
             for i, image in zip(batch, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-                temporary = files[i].with_suffix(".tmp")
-                Image.fromarray(image).save(temporary, "png")
-                temporary.replace(files[i])
+                with replacing(files[i]) as whole:
+                    Image.fromarray(image).save(whole)
         if rank == 0:
             speed = done / (time.time() - began)
             whole = math.ceil(len(todo) / (1 if grid else world)) * args.batch_size
@@ -178,17 +177,14 @@ def remember(path, settings):
 
 def pack(path, files):
     """The files' pixels as arr_0 (n, H, W, 3) uint8, one image in memory at a time."""
-    whole, shape = path.with_name(f".{path.stem}.npz"), (len(files), *np.asarray(Image.open(files[0]).convert("RGB")).shape)
-    try:
-        with zipfile.ZipFile(whole, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:  # what np.savez writes, image by image
-            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for file in files:
-                pixels = np.asarray(Image.open(file).convert("RGB"))
-                require(pixels.shape == shape[1:], f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the first {shape[2]}x{shape[1]}: remove it, and it is made again")
-                member.write(pixels.tobytes())
-        whole.replace(path)
-    finally:
-        whole.unlink(missing_ok=True)
+    shape = len(files), *np.asarray(Image.open(files[0]).convert("RGB")).shape
+    with (replacing(path) as whole, zipfile.ZipFile(whole, "w") as archive,
+          archive.open("arr_0.npy", "w", force_zip64=True) as member):  # what np.savez writes, image by image
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for file in files:
+            pixels = np.asarray(Image.open(file).convert("RGB"))
+            require(pixels.shape == shape[1:], f"{file} is {pixels.shape[1]}x{pixels.shape[0]}, the first {shape[2]}x{shape[1]}: remove it, and it is made again")
+            member.write(pixels.tobytes())
 
 
 if __name__ == "__main__":

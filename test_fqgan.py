@@ -477,9 +477,12 @@ def test_no_data(tmp_path):
         load_data(tmp_path / "parts", 16, True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("x")
-    for name, message in (("empty", "holds no image"), ("file.txt", "is a file"), ("missing", "no such folder")):
+    (tmp_path / "beside" / "folder").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "beside" / "a.png")
+    for name, message in (("empty", "empty holds no image"), ("beside", "the folders in .* hold no image"), ("file.txt", "is a file"),
+                          ("missing", "no such folder"), ("~nobody's/x", "no such folder")):
         with pytest.raises(UserError, match=message):
-            load_data(str(tmp_path / name), 16, True)
+            load_data(name if "~" in name else str(tmp_path / name), 16, True)
 
 
 def test_order_is_the_same_on_any_number_of_ranks():
@@ -1053,6 +1056,12 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
         with pytest.raises(UserError):
             call(train_tokenizer, "--init", tmp_path / f"{name}.pt", "--out", tmp_path / "out")
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out" / "tokenizer.pt").exists()
+    state = load(trained / "gpt.pt")
+    endless = state["tokenizer"] | {"config": state["tokenizer"]["config"] | {"teacher_widths": torch.zeros(1).expand(10**7, 10**6)}}
+    for changed, message in (({"tokenizer": endless}, "no config of plain values"), ({"config": state["config"] | {"grid": 10**5}}, "at most 1024")):
+        torch.save(state | changed, tmp_path / "gpt.pt")
+        with pytest.raises(UserError, match=message):
+            sample.load_generator(tmp_path / "gpt.pt")
     with pytest.raises(UserError, match="not a tokenizer checkpoint but a gpt's"):
         fqgan.load_tokenizer(trained / "gpt.pt")
     with pytest.raises(UserError, match="not a gpt checkpoint but a tokenizer's"):
@@ -1655,24 +1664,26 @@ def test_global_negatives_on_two_ranks_are_one_process(tmp_path):
 def test_fetch(tmp_path, monkeypatch):
     """Once, checked; a copy that was damaged is fetched again; nothing partial stays."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    body, fetched = b"weights", []
-
-    def download(url, path, *_):
-        fetched.append(url)
-        Path(path).write_bytes(body)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    digest = hashlib.sha256(b"weights").hexdigest()
-    path = fqgan.fetch("https://example.org/v1/x.pth", digest[:8])
-    assert fqgan.fetch("https://example.org/v1/x.pth", digest) == path and len(fetched) == 1 and path.read_bytes() == b"weights"
+    (tmp_path / "v1").mkdir()
+    source = tmp_path / "v1" / "x.pth"
+    source.write_bytes(b"weights")
+    url, digest = source.as_uri(), hashlib.sha256(b"weights").hexdigest()
+    path = fqgan.fetch(url, digest[:8])
+    assert path != source and path.read_bytes() == b"weights"
+    source.write_bytes(b"else")
+    assert fqgan.fetch(url, digest) == path and path.read_bytes() == b"weights"  # not fetched again
     path.write_bytes(b"weig")
-    assert fqgan.fetch("https://example.org/v1/x.pth", hashlib.md5(b"weights").hexdigest()).read_bytes() == b"weights" and len(fetched) == 2
-    body = b"else"
+    with pytest.raises(UserError, match=f"invalid hash value.*put it at {path}"):
+        fqgan.fetch(url, digest)
+    source.write_bytes(b"weights")
+    assert fqgan.fetch(url, digest).read_bytes() == b"weights"
+    source.write_bytes(b"else")
     path.unlink()
-    with pytest.raises(UserError, match=f"another checksum.*put it at {path}"):
-        fqgan.fetch("https://example.org/v1/x.pth", digest)
+    with pytest.raises(UserError, match="invalid hash value"):
+        fqgan.fetch(url, digest)
     assert not list(path.parent.iterdir())
-    with pytest.raises(UserError, match="no file at nowhere.pth; what belongs there is https://example.org/v1/x.pth"):
-        fqgan.fetch("https://example.org/v1/x.pth", digest, local="nowhere.pth")
+    with pytest.raises(UserError, match=f"no file at nowhere.pth; what belongs there is {url}"):
+        fqgan.fetch(url, digest, local="nowhere.pth")
 
 
 # -----------------------------------------------------------------------------
@@ -2194,16 +2205,19 @@ def faults_images(folder, rng, n=10_000):
 
 
 def faults_checkpoints(folder, rng, n=1000):
-    """Mutated checkpoints load or are refused in one line; what they carry is never run."""
+    """Mutated checkpoints of tokenizers and GPTs load or are refused in one line; what they carry is never run."""
     call(train_tokenizer, "--k", 2, "--out", folder / "run", *TINY_RUN)
-    good, loaded, path = (folder / "run" / "tokenizer.pt").read_bytes(), 0, folder / "mutated.pt"
-    state, touched, before = load(io.BytesIO(good)), folder / "touched", memory()
+    call(train_gpt, "--out", folder / "run", *TINY_GPT_RUN)
+    makes = [(folder / "run" / "tokenizer.pt", fqgan.load_tokenizer), (folder / "run" / "gpt.pt", sample.load_generator)]
+    loaded, path, touched, before = 0, folder / "mutated.pt", folder / "touched", memory()
     for i in range(n):
+        good, read = makes[i // 2 % 2]
         if i % 2:
-            path.write_bytes(damaged(good, rng))
+            path.write_bytes(damaged(good.read_bytes(), rng))
         else:
-            mutated = copy.deepcopy({n: state[n] for n in ("kind", "config", "model", "settings")})
-            part = mutated[rng.choice(("config", "model"))]
+            mutated = {n: part for n, part in load(good).items() if n in ("kind", "config", "model", "settings", "classes", "tokenizer")}
+            holder = mutated["tokenizer"] if "tokenizer" in mutated and rng.random() < 0.5 else mutated
+            part = holder[rng.choice(("config", "model"))]
             name = rng.choice(list(part))
             absurd = ["text", None, -1, 10**9, 1.5, math.nan, [], {}, torch.zeros(3), torch.zeros(1).expand(10**6, 10**6), torch.zeros((), dtype=torch.int8), Hostile(touched)]
             if rng.random() < 0.2:
@@ -2212,7 +2226,7 @@ def faults_checkpoints(folder, rng, n=1000):
                 part[name] = absurd[rng.integers(len(absurd))]
             torch.save(mutated, path, _use_new_zipfile_serialization=i % 4 == 0)
         try:
-            fqgan.load_tokenizer(path)
+            read(path)
             loaded += 1
         except UserError as error:
             assert "\n" not in str(error)
@@ -2236,7 +2250,7 @@ def faults_kills(folder, rng, n=30):
             process.kill()
             process.wait()
             kills += 1
-            writing += (folder / "cut" / "tokenizer.pt.tmp").exists()
+            writing += (folder / "cut" / ".tokenizer.pt").exists()
     assert kills == n, f"the run was over after {kills} kills"
     a, b = (load(folder / name / "tokenizer.pt") for name in ("whole", "cut"))
     assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and training_rows(folder / "whole" / "log.csv") == training_rows(folder / "cut" / "log.csv")

@@ -7,6 +7,7 @@ $ torchrun --nproc-per-node=8 train_tokenizer.py --data imagenet/ --preset fqgan
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import gc
@@ -139,30 +140,37 @@ def has_fast_bf16(device):
     return device.type == "cpu" and bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 
 
-def save_checkpoint(path, contents, keep=0):
-    """
-    Writes to a temporary name and renames, so that `path` always holds a whole checkpoint. The `keep` before it stay
-    beside it, as NAME.1.pt, the youngest, and so on.
-    """
-    path = Path(path)
-    temporary, older = Path(f"{path}.tmp"), [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep + 1)]
+@contextlib.contextmanager
+def replacing(path):
+    """A hidden name beside `path` to write to. At the end of the block it takes the place of `path`, which is so never there in part."""
+    whole = Path(path).with_name(f".{Path(path).name}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for i in reversed(range(1, keep)):
-            if older[i - 1].exists():
-                os.replace(older[i - 1], older[i])
-        if keep and path.exists():
-            older[0].unlink(missing_ok=True)
-            try:
-                os.link(path, older[0])
-            except OSError:  # a file system without links
-                shutil.copyfile(path, older[0])
-        os.replace(temporary, path)
+        yield whole
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, contents, keep=0):
+    """`path` always holds a whole checkpoint; the `keep` before it stay beside it, as NAME.1.pt, the youngest, and so on."""
+    path = Path(path)
+    older = [path.with_suffix(f".{i}{path.suffix}") for i in range(1, keep + 1)]
+    try:
+        with replacing(path) as whole:
+            with open(whole, "wb") as file:
+                torch.save(contents, file)
+                file.flush()
+                os.fsync(file.fileno())
+            for i in reversed(range(1, keep)):
+                if older[i - 1].exists():
+                    os.replace(older[i - 1], older[i])
+            if keep and path.exists():
+                older[0].unlink(missing_ok=True)
+                try:
+                    os.link(path, older[0])
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, older[0])
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; the checkpoint before it is untouched") from None
 
 
@@ -634,17 +642,16 @@ class Run:
                 rows = list(csv.DictReader(open(self.log_path, newline=""))) if (self.columns or self.resume) and self.log_path.exists() else []
                 rows = [r for r in rows if int(r["step"]) <= (self.step if self.columns else self.first)] + [row]
                 self.columns = list(dict.fromkeys(name for r in rows for name in r if name))
-                temporary = Path(f"{self.log_path}.tmp")
-                with open(temporary, "w", newline="") as file:
+                with replacing(self.log_path) as whole, open(whole, "w", newline="") as file:
                     writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
                     writer.writeheader()
                     writer.writerows(rows)
-                os.replace(temporary, self.log_path)
         except OSError as error:
             raise UserError(f"cannot write {self.log_path}: {error.strerror}") from None
         if self.events is not None:
             for name, value in figures.items():
                 self.events.add_scalar(name, value, self.step)
+            self.events.flush()
 
     def milestone(self, model, evaluate, paint, **extra):
         """
