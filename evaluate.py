@@ -412,8 +412,8 @@ def reference(images, network, options, every=0):
             if rank() == 0:
                 try:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with replacing(path) as whole:
-                        np.savez(whole, **known)
+                    with replacing(path, f".{os.getpid()}") as whole, open(whole, "wb") as file:
+                        np.savez(file, **known)
                 except OSError as error:
                     say(f"{path} cannot be written ({error}): these features are not kept for the next time")
     return known | images.statistics

@@ -138,8 +138,8 @@ def main():
             made.append(images.cpu())
         else:
             for i, image in zip(batch, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
-                with replacing(files[i]) as whole:
-                    Image.fromarray(image).save(whole)
+                with replacing(files[i]) as file:
+                    Image.fromarray(image).save(file, "png")
         if rank == 0:
             speed = done / (time.time() - began)
             whole = math.ceil(len(todo) / (1 if grid else world)) * args.batch_size

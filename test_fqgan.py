@@ -1058,7 +1058,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path, trained):
     assert not (tmp_path / "touched").exists() and not (tmp_path / "out" / "tokenizer.pt").exists()
     state = load(trained / "gpt.pt")
     endless = state["tokenizer"] | {"config": state["tokenizer"]["config"] | {"teacher_widths": torch.zeros(1).expand(10**7, 10**6)}}
-    for changed, message in (({"tokenizer": endless}, "no config of plain values"), ({"config": state["config"] | {"grid": 10**5}}, "at most 1024")):
+    for changed, message in (({"tokenizer": endless}, "no config of plain values"), ({"config": state["config"] | {"grid": 1000}}, "at most 256")):
         torch.save(state | changed, tmp_path / "gpt.pt")
         with pytest.raises(UserError, match=message):
             sample.load_generator(tmp_path / "gpt.pt")
@@ -2224,7 +2224,7 @@ def faults_checkpoints(folder, rng, n=1000):
                 del part[name]
             else:
                 part[name] = absurd[rng.integers(len(absurd))]
-            torch.save(mutated, path, _use_new_zipfile_serialization=i % 4 == 0)
+            torch.save(mutated, path, _use_new_zipfile_serialization=i % 8 < 4)
         try:
             read(path)
             loaded += 1
@@ -2250,7 +2250,7 @@ def faults_kills(folder, rng, n=30):
             process.kill()
             process.wait()
             kills += 1
-            writing += (folder / "cut" / ".tokenizer.pt").exists()
+            writing += (folder / "cut" / ".tokenizer.pt.tmp").exists()
     assert kills == n, f"the run was over after {kills} kills"
     a, b = (load(folder / name / "tokenizer.pt") for name in ("whole", "cut"))
     assert all(same(a[part], b[part]) for part in a.keys() - {"settings"}) and training_rows(folder / "whole" / "log.csv") == training_rows(folder / "cut" / "log.csv")

@@ -141,14 +141,18 @@ def has_fast_bf16(device):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A hidden name beside `path` to write to. At the end of the block it takes the place of `path`, which is so never there in part."""
-    whole = Path(path).with_name(f".{Path(path).name}")
+def replacing(path, mark=""):
+    """
+    A hidden name beside `path` to write to. At the end of the block it takes the place of `path`, which is so never there in part.
+    mark: makes the name this process's own, where several may write the same file.
+    """
+    whole = Path(path).with_name(f".{Path(path).name}{mark}.tmp")
     try:
         yield whole
         os.replace(whole, path)
-    finally:
+    except BaseException:
         whole.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(path, contents, keep=0):
