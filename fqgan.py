@@ -306,6 +306,14 @@ def rotate(x, table):
     return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
 
 
+def training_layout(x):
+    """
+    A map or a kernel, in training on CPUs with its channels last in memory: convolutions (oneDNN's, on x86) then take up to a quarter less time, and
+    pass the layout on. Not in encoding: GroupNorm loses digits in it where a group's mean is far above its spread, enough for other codes.
+    """
+    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" and torch.is_grad_enabled() else torch.contiguous_format)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: (B, T, C) -> (B, T, C); causal, rotary and cached where the GPT asks for it."""
 
@@ -382,7 +390,7 @@ class ViT(nn.Module):
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.norm_post(self.blocks(self.norm_pre(x + self.positions)))
-        return x[:, 0] if self.class_embedding is not None else x.transpose(1, 2).unflatten(2, (h, w))
+        return x[:, 0] if self.class_embedding is not None else training_layout(x.transpose(1, 2).unflatten(2, (h, w)))
 
 
 # -----------------------------------------------------------------------------
@@ -456,14 +464,6 @@ class FQGANConfig:
 # Tokenizer: the convolutional encoder and decoder of VQGAN
 
 
-def fast_layout(x):
-    """
-    A map or a kernel, on CPUs with its channels last in memory: convolutions (oneDNN's, on x86) then take up to a quarter less time, and pass the
-    layout on. GroupNorm loses digits in it where a group's mean is far above its spread; in models trained here it is about twice.
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
-
-
 def group_norm(channels, config):
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
@@ -514,7 +514,7 @@ class Upsample(nn.Module):
     def forward(self, x):
         weight = self.conv.weight.transpose(0, 1).flip(2, 3)
         kernel = sum(F.pad(weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # 4x4: weights that meet the same pixel, added
-        return F.conv_transpose2d(x, fast_layout(kernel), self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, training_layout(kernel), self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -759,12 +759,12 @@ class FQGAN(nn.Module):
         require(not c.adapter_depth or size == (c.image_size,) * 2,
                 f"images are {size[0]}x{size[1]}, the adapters' positions are for {c.image_size}x{c.image_size}")
         require(all(s % c.downsample == 0 for s in size), f"images are {size[0]}x{size[1]}, not divisible by the downsample {c.downsample}")
-        features = self.encoder(fast_layout(images))
+        features = self.encoder(training_layout(images))
         return [branch(features) for branch in self.branches]
 
     def paint(self, quantized):
         """list of k (B,d,h,w) -> images (B,3,H,W)"""
-        return self.decoder(self.post_quant_conv(fast_layout(torch.cat(quantized, 1)))).contiguous().float()
+        return self.decoder(self.post_quant_conv(torch.cat(quantized, 1))).contiguous().float()
 
     @torch.no_grad()
     def encode(self, images):
@@ -828,7 +828,7 @@ class LPIPS(nn.Module):
 
     def maps(self, images):
         """Yields the five feature maps, of unit length over the channels."""
-        x = fast_layout(self.normalize(images))
+        x = training_layout(self.normalize(images))
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.taps:
