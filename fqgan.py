@@ -763,7 +763,7 @@ class FQGAN(nn.Module):
         return [branch(features) for branch in self.branches]
 
     def paint(self, quantized):
-        """list of k (B,d,h,w) -> images (B,3,H,W)"""
+        """list of k (B,d,h,w) -> images (B,3,H,W), contiguous whatever layout the maps have"""
         return self.decoder(self.post_quant_conv(torch.cat(quantized, 1))).contiguous().float()
 
     @torch.no_grad()
@@ -1109,9 +1109,9 @@ def load_checkpoint(path, kind):
         contents = read_published(contents, path)
     found = contents.get("kind")
     require(found == kind, f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
+    plain = (int, float, str, list, tuple)  # a tensor may be without end
     for part in (contents, contents.get("tokenizer", contents)):  # a GPT's file holds its tokenizer
         config = part.get("config") if isinstance(part, dict) else None
-        plain = (int, float, str, list, tuple)  # a tensor may be without end
         require(isinstance(config, dict) and all(isinstance(value, plain) for value in config.values()),
                 f"{path}: weights and config do not fit this version (it has no config of plain values)")
     return contents

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from fqgan import FQGAN, FQGANConfig, Folder, GPT, GPTConfig, UserError, build, load_checkpoint, load_tokenizer, require, sampling, to_uint8
-from train_tokenizer import Parser, cli, has_fast_bf16, replacing, save_grid, start
+from train_tokenizer import Parser, cli, has_fast_bf16, replacing, save_grid, start, write_json
 
 
 def numbers(kind):
@@ -172,7 +172,7 @@ def remember(path, settings):
         changed = [f"--{n.replace('_', '-')} {known.get(n)} (now {v})" for n, v in settings.items() if known.get(n) != v]
         require(not changed, f"{path.parent} holds samples made with {', '.join(changed)}: choose another --out")
     else:
-        path.write_text(json.dumps(settings, indent=1))
+        write_json(path, settings)
 
 
 def pack(path, files):

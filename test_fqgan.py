@@ -488,10 +488,10 @@ def test_no_data(tmp_path):
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "beside" / "folder").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "beside" / "a.png")
-    for name, message in (("empty", "empty holds no image"), ("beside", "the folders in .* hold no image"), ("file.txt", "is a file"),
-                          ("missing", "no such folder"), ("~nobody's/x", "no such folder")):
+    for path, message in ((tmp_path / "empty", "empty holds no image"), (tmp_path / "beside", "the folders in .* hold no image"), (tmp_path / "file.txt", "is a file"),
+                          (tmp_path / "missing", "no such folder"), ("~nobody's/x", "no such folder")):
         with pytest.raises(UserError, match=message):
-            load_data(name if "~" in name else str(tmp_path / name), 16, True)
+            load_data(str(path), 16, True)
 
 
 def test_order_is_the_same_on_any_number_of_ranks():

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, build, explained, flag, load_tokenizer, require
-from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, replacing, save_grid
+from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, save_grid, write_json
 
 # The far presets are the paper's recipe (sec. 4.1 and the official training script).
 FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
@@ -74,7 +74,7 @@ class Tokens(torch.utils.data.Dataset):
                 note.unlink(missing_ok=True)
                 np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
                 reserve(path)
-                self.remember(note, made_of)
+                write_json(note, made_of)
         if run.world > 1:
             dist.barrier()
         whole = json.loads(note.read_text()).get("whole")
@@ -85,12 +85,7 @@ class Tokens(torch.utils.data.Dataset):
             missing = int((~self.records["done"]).sum())
             require(not missing, f"{path}: {missing} images are not encoded: are all processes writing to one disk?")
             if run.rank == 0:
-                self.remember(note, made_of | {"whole": True})
-
-    @staticmethod
-    def remember(note, made_of):
-        with replacing(note) as whole:
-            whole.write_text(json.dumps(made_of, indent=1))
+                write_json(note, made_of | {"whole": True})
 
     def __getstate__(self):  # a process that loads data maps the file itself
         return vars(self) | {"records": None}

@@ -13,6 +13,7 @@ import csv
 import gc
 import hashlib
 import inspect
+import json
 import math
 import os
 import shutil
@@ -153,6 +154,11 @@ def replacing(path, mark=""):
     except BaseException:
         whole.unlink(missing_ok=True)
         raise
+
+
+def write_json(path, contents):
+    with replacing(path) as whole:
+        whole.write_text(json.dumps(contents, indent=1))
 
 
 def save_checkpoint(path, contents, keep=0):
