@@ -1,20 +1,21 @@
 """
-FQGAN in one file: a factorized visual tokenizer and the autoregressive model that generates its tokens.
+FQGAN in one file: a factorized visual tokenizer, and the autoregressive model that generates its tokens.
 
-A convolutional encoder feeds k transformer adapters; each has its own small codebook; the decoder paints the image out
-of all k codes of a position; a GPT learns to generate the codes. Read in the order of the file: data, transformer blocks,
-the tokenizer, the networks that only its training needs, the GPT with its sampling, files (ours and published ones).
+A convolutional encoder feeds k transformer adapters. Each has a codebook of its own, and the decoder
+rebuilds the image from all k codes of a position. A GPT learns to generate the codes. Read the file
+from top to bottom; the last section, "Running", is what the scripts share, and can be left out.
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
-   sec. 3.2: factorized quantization, disentanglement, representation learning; sec. 3.3: the GPT's head
-2) VQGAN: Esser et al., Taming Transformers, https://arxiv.org/abs/2012.09841 (encoder, decoder, adversarial loss)
-3) LlamaGen: Sun et al., https://arxiv.org/abs/2406.06525 (l2-normalized codes of dimension 8; the GPT's trunk, 2-D rotary positions, guidance)
-4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737 (the entropy loss)
+   section 3.2: factorized quantization, disentanglement, representation learning; section 3.3: the GPT and its head
+2) VQGAN: Esser et al., Taming Transformers, https://arxiv.org/abs/2012.09841: encoder, decoder, adversarial loss
+3) LlamaGen: Sun et al., https://arxiv.org/abs/2406.06525: l2-normalized codes, the GPT's trunk, 2-D rotary positions
+4) MAGVIT-v2: Yu et al., https://arxiv.org/abs/2310.05737: the entropy loss
 """
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import inspect
@@ -22,206 +23,216 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import warnings
-from collections import OrderedDict
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torchvision.transforms import functional as TF
 
 # -----------------------------------------------------------------------------
 # Errors
 
-
 class UserError(ValueError):
-    """A mistake the user can mend: the scripts print its message as one line and exit with 1."""
+    """A mistake that the user can correct. The scripts print its message as one line and exit with 1."""
 
-
-def require(condition, message):
+def check(condition, message):
     if not condition:
         raise UserError(message)
 
-
-@contextlib.contextmanager
-def explained(message, advice=""):
-    """Any error inside becomes a UserError of one line: the message, the error's kind and beginning, the advice."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:160]}){advice}") from None
-
+def one_line(error):
+    """The kind of an exception and the beginning of its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 # -----------------------------------------------------------------------------
-# Data
+# Data: the built-in shapes
 
+def regular_polygon(n, inner_radius=1.0):
+    """n points of the unit circle as complex numbers, from the top on; every second one at inner_radius."""
+    angle = 2 * np.pi * (np.arange(n) / n - 0.25)
+    radius = np.where(np.arange(n) % 2, inner_radius, 1.0)
+    return radius * np.exp(1j * angle)
 
-def outlines():
-    """The figures of Shapes, as complex numbers, y downwards: a polygon within the square from -1-1j to 1+1j, and what is cut out of it."""
-    def turn(n, inner=1.0):  # n points round the circle, the first one up; every second one at the radius `inner`
-        return np.exp(2j * np.pi * (np.arange(n) / n - 0.25)) * np.where(np.arange(n) % 2, inner, 1.0)
-
-    circle, t = turn(96), np.linspace(0, 2 * np.pi, 96, endpoint=False)
-    heart = 16 * np.sin(t) ** 3 + 1j * (-13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t))
+def shape_outlines():
+    """name -> polygons in [-1, 1] (complex, y pointing down): the shape, and what is cut out of it"""
+    circle = regular_polygon(96)
+    t = np.linspace(0, 2 * np.pi, 96, endpoint=False)
+    heart_x = 16 * np.sin(t) ** 3
+    heart_y = -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)
     arm = np.array([-0.36 - 1j, 0.36 - 1j, 0.36 - 0.36j])
     return {
         "circle": [0.9 * circle],
         "square": [0.8 * np.array([-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j])],
-        "triangle": [turn(3) + 0.2j],
-        "diamond": [0.72 * turn(4).real + 1j * turn(4).imag],
-        "star": [turn(10, 0.42)],
-        "cross": [0.95 * np.concatenate([arm * 1j**quarter for quarter in range(4)])],
+        "triangle": [regular_polygon(3) + 0.2j],
+        "diamond": [np.array([-1j, 0.72, 1j, -0.72])],
+        "star": [regular_polygon(10, 0.42)],
+        "cross": [0.95 * np.concatenate([arm, 1j * arm, -arm, -1j * arm])],
         "ring": [0.95 * circle, 0.5 * circle],
-        "heart": [heart / 17 - 0.1j],
+        "heart": [(heart_x + 1j * heart_y) / 17 - 0.1j],
         "moon": [0.95 * circle, 0.5 + 0.8 * circle],
-        "arrow": [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])]}
-
+        "arrow": [np.array([-1 - 0.3j, 0.1 - 0.3j, 0.1 - 0.8j, 1, 0.1 + 0.8j, 0.1 + 0.3j, -1 + 0.3j])],
+    }
 
 class Shapes:
-    """
-    The built-in data set: ten flat figures of random size and place, seven colours on six soft backgrounds. Item `i` is always the same
-    figure, of class i % 10, whatever the size it is rendered at; training and held-out items are drawn from different seeds.
-    """
+    """Ten shapes of random size and place, as PIL images. Item i is always the same image, of class i % 10."""
 
-    figures = outlines()
-    classes = list(figures)
-    colours = [(214, 40, 57), (240, 120, 20), (250, 196, 20), (38, 150, 80), (20, 140, 170), (40, 70, 190), (130, 60, 170)]
-    backgrounds = [(250, 240, 225), (225, 238, 250), (228, 245, 228), (250, 228, 232), (238, 230, 248), (236, 236, 236)]
+    outlines = shape_outlines()
+    classes = list(outlines)
+    colors = [
+        (214, 40, 57), (240, 120, 20), (250, 196, 20), (38, 150, 80), (20, 140, 170), (40, 70, 190), (130, 60, 170)]
+    backgrounds = [
+        (250, 240, 225), (225, 238, 250), (228, 245, 228), (250, 228, 232), (238, 230, 248), (236, 236, 236)]
 
-    def __init__(self, size, train):
-        self.size, self.train = size, train
+    def __init__(self, image_size, train):
+        self.image_size = image_size
+        self.train = train
 
     def __len__(self):
         return 20_000 if self.train else 2_000
 
     def __getitem__(self, index):
         label = index % len(self.classes)
-        rng = random.Random(f"{'train' if self.train else 'held-out'} {index}")
-        radius = rng.uniform(0.24, 0.42)  # of the image's side
+        part = "train" if self.train else "held-out"
+        rng = random.Random(f"{part} {index}")
+        radius = rng.uniform(0.24, 0.42)  # as a share of the image's side
         center = rng.uniform(radius + 0.02, 0.98 - radius) + 1j * rng.uniform(radius + 0.02, 0.98 - radius)
-        figure, ground = (Image.new("RGB", (self.size,) * 2, rng.choice(colours)) for colours in (self.colours, self.backgrounds))
-        fine = 8 * self.size  # anti-aliasing: drawn 8 times as large, then averaged
-        mask = Image.new("L", (fine, fine))
-        for polygon, fill in zip(self.figures[self.classes[label]], (255, 0)):
-            ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in (center + radius * polygon) * fine], fill=fill)
-        return Image.composite(figure, ground, mask.reduce(8)), label
+        size = (self.image_size, self.image_size)
+        shape = Image.new("RGB", size, rng.choice(self.colors))
+        background = Image.new("RGB", size, rng.choice(self.backgrounds))
 
+        # anti-aliasing: the mask is drawn 8 times as large, then averaged
+        large = 8 * self.image_size
+        mask = Image.new("L", (large, large))
+        for polygon, fill in zip(self.outlines[self.classes[label]], (255, 0)):
+            points = (center + radius * polygon) * large
+            ImageDraw.Draw(mask).polygon([(p.real, p.imag) for p in points], fill=fill)
+        return Image.composite(shape, background, mask.reduce(8)), label
 
-def upright_rgb(image):
-    """Any PIL image as 8-bit RGB: EXIF rotation applied, 16 bits scaled to 8, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # PIL's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+# -----------------------------------------------------------------------------
+# Data: images from files
+
+def to_rgb(image):
+    """Any PIL image as upright 8-bit RGB: 16-bit values are scaled to 8 bits, transparency is laid on white."""
+    is_16_bit = image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I"
+    turn = Image.Transpose  # by hand: ImageOps.exif_transpose fails where another EXIF tag is damaged
+    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
+             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
+    orientation = image.getexif().get(0x112)
+    if orientation in turns:
+        image = image.transpose(turns[orientation])
+    if is_16_bit:  # PIL's own conversion would clip at 255
+        values = np.asarray(image) / 257
+        image = Image.fromarray(values.round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its 32-bit values (mode {image.mode}) have no known range; save 8 or 16 bits")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
-
-def crop_square(image, size, rng=None, views=1):
-    """
-    A list of size x size crops of a PIL image: the shorter side is scaled to `size` as ADM does it, halved by box averages while it is twice
-    as long or longer, then bicubic, and the center taken.
-    With `rng` one, of a random 0.8 to 1.0 of the shorter side (of a small image more, so that nothing is learned from blur), flipped half the
-    time. Else of `views` 1 the center; of 2 its mirror image too; of 10, as LlamaGen's, of the central square at 1.1 times the size the center
-    and four corners, and then their mirror images.
-    Source: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233.
-    """
-    short = int(1.1 * size) if views == 10 else size
-    if rng:
-        short = rng.randint(size, max(size, min(math.ceil(size / 0.8), *image.size)))
-    if max(image.size) > 8 * min(image.size):  # the middle of a strip, which would grow endless when it is scaled
-        image = ImageOps.fit(image, [min(side, 8 * min(image.size)) for side in image.size])
+def resize_shorter(image, short):
+    """Scales the shorter side to `short` as ADM (https://arxiv.org/abs/2105.05233): halved by boxes, then bicubic."""
+    longest = 8 * min(image.size)
+    if max(image.size) > longest:  # a strip, scaled as a whole, might fill the memory: use its middle
+        image = ImageOps.fit(image, [min(side, longest) for side in image.size])
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    if rng:
-        corners, mirrored = [[rng.randint(0, side - size) for side in image.size]], [rng.random() < 0.5]
-    else:
-        places = [(0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1)] if views == 10 else [(0, 0)]  # from the center
-        corners = [[(side - size + way * (short - size)) // 2 for side, way in zip(image.size, place)] for place in places]
-        mirrored = [False, True][:views]
-    crops = [image.crop((left, top, left + size, top + size)) for left, top in corners]
-    return [ImageOps.mirror(crop) if mirror else crop for mirror in mirrored for crop in crops]
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
+def center_crop(image, size):
+    image = resize_shorter(image, size)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
-class ImageData(torch.utils.data.Dataset):
-    """
-    Items are (image (3,H,W) float in [-1, 1], label int). The index may be a pair (index, draw): the random crop is a
-    function of both, so that any step of a run can be repeated without the steps before it.
+def random_crop(image, size, rng):
+    """A square, 0.8 to 1.0 of the shorter side (of a small image more), mirrored half the time."""
+    longest = min(math.ceil(size / 0.8), *image.size)
+    image = resize_shorter(image, rng.randint(size, max(size, longest)))
+    left = rng.randint(0, image.width - size)
+    top = rng.randint(0, image.height - size)
+    crop = image.crop((left, top, left + size, top + size))
+    return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
 
-    An image that cannot be read is named once on stderr and replaced by the next one that can; more than 1 % of
-    all, if more than one, raise UserError. `unreadable` counts them, over all worker processes.
-    """
+def crop_views(image, size, views):
+    """A list of crops: the center; for views=2 also its mirror image; for 10 those of LlamaGen."""
+    if views == 10:  # corners and center of a slightly larger square, and their mirror images
+        square = center_crop(image, int(1.1 * size))
+        return list(TF.ten_crop(square, size))
+    crop = center_crop(image, size)
+    return [crop, ImageOps.mirror(crop)][:views]
 
-    def __init__(self, source, classes, image_size, augment, origin):
-        self.source, self.classes, self.image_size, self.augment, self.origin = source, classes, image_size, augment, origin
-        self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+def to_uint8(images):
+    """[-1, 1] to 0..255, as the official scripts write images: fractions are cut off"""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
-    def __len__(self):
-        return len(self.source)
+def from_uint8(images):
+    """0..255 to [-1, 1]"""
+    return images.float() / 127.5 - 1
 
-    def __getitem__(self, index):
-        index, draw = index if isinstance(index, tuple) else (index, "")
-        images, label = self.crops(index, rng=random.Random(f"{index} {draw}") if self.augment else None)
-        return images[0], label
+IMAGE_ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbnails"}
 
-    @property
-    def unreadable(self):
-        return int(self.failed.sum())
+def visible_folders(path):
+    """The sorted names of the folders in `path`, without hidden ones and those that operating systems make."""
+    names = [name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name))]
+    return sorted(name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS)
 
-    def crops(self, index, **options):
-        """All that crop_square with these options makes of item `index`: (images (n,3,H,W), label)."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        for i in ((index + step) % len(self) for step in range(len(self))):
-            if self.failed[i]:
-                continue
-            try:
-                image, label = self.source[i]
-                images = np.stack(crop_square(upright_rgb(image), self.image_size, **options))
-                return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1), int(label)
-            except Exception as error:  # PIL raises a dozen kinds
-                self.failed[i] = True
-                name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
-                print(f"skipped, unreadable: {str(name)!r} ({error})", file=sys.stderr)
-            if self.unreadable > max(1, 0.01 * len(self)):
-                break
-        raise UserError(f"{self.unreadable} of {len(self)} images of {self.origin} cannot be read (named above), "
-                        "more than 1 %: mend or remove them")
-
+def list_images(path):
+    """All images below a folder -> (sorted paths, number of other files), without hidden and system ones."""
+    images = []
+    num_others = 0
+    entered = set()
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        real_path = os.path.realpath(folder)
+        is_inside = os.path.islink(folder) and real_path.startswith(os.path.join(os.path.realpath(path), ""))
+        if real_path in entered or is_inside:  # links may form a cycle, or lead to what is visited anyway
+            subfolders.clear()
+            continue
+        entered.add(real_path)
+        subfolders[:] = visible_folders(folder)
+        files = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+        images_here = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+        images += images_here
+        num_others += len(files) - len(images_here)
+    return sorted(images), num_others
 
 class Folder:
-    """A folder as a source of PIL images: of class folders (images beside them are not taken), or flat (one class). Files stay closed until asked for."""
-
-    suffixes = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"}
+    """
+    (PIL image, label) of a folder of class folders, or of a flat folder of images, which is one class.
+    A folder without images is no class, and images beside class folders are left out, as `notes` says.
+    """
 
     def __init__(self, path):
-        require(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
-        folders = self.class_folders(path) or [path]
-        self.classes = [folder.name for folder in folders]
-        self.samples = [(p, label) for label, folder in enumerate(folders) for p in self.files(folder)]
-        where = f"the folders in {path} hold" if folders != [path] else f"{path} holds"
-        require(self.samples, f"{where} no image (looked for .jpg, .jpeg, .png, .webp, ...)")
-
-    @classmethod
-    def files(cls, path):
-        """The images below a folder in the order of their names, hidden ones left out."""
-        return [p for p in sorted(path.rglob("*"))
-                if p.suffix.lower() in cls.suffixes and p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-
-    @staticmethod
-    def class_folders(path):
-        return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        images, num_others = list_images(path)
+        check(images, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
+        self.root = os.path.join(path, "")
+        inner_folders = [os.path.dirname(image.removeprefix(self.root)) for image in images]
+        class_names = [folder.split(os.sep)[0] for folder in inner_folders]  # "" beside the class folders
+        self.classes = sorted(set(class_names) - {""})
+        if self.classes:
+            labels = {name: label for label, name in enumerate(self.classes)}
+            self.samples = [(image, labels[name]) for image, name in zip(images, class_names) if name]
+        else:
+            self.classes = [Path(path).resolve().name]
+            self.samples = [(image, 0) for image in images]
+        self.notes = ""
+        if len(self.samples) < len(images):
+            self.notes += f"; {len(images) - len(self.samples)} images beside its class folders are not taken"
+        if num_others:
+            self.notes += f"; {num_others} other files are not taken"
 
     def __len__(self):
         return len(self.samples)
@@ -232,298 +243,442 @@ class Folder:
             image.load()
         return image, label
 
+class ImageData(torch.utils.data.Dataset):
+    """
+    A data set of (image (3,H,W) in [-1, 1], label int). An index may be a pair (index, epoch): the random
+    crop depends on these two alone, so that a resumed run sees what an unbroken one does.
+
+    An image that cannot be read is named once on stderr, and the next one takes its place; UserError if
+    they are more than 1 % of the `whole_size` images that this is a part of.
+    """
+
+    def __init__(self, source, classes, image_size, augment, description, whole_size=None):
+        self.source, self.classes, self.description = source, classes, description
+        self.image_size, self.augment = image_size, augment
+        self.max_unreadable = max(1, (whole_size or len(source)) // 100)
+        self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # shared with loader processes
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        index, epoch = index if isinstance(index, tuple) else (index, "")
+        image, label = self.read(index)
+        if self.augment:
+            crop = random_crop(image, self.image_size, random.Random(f"{index} {epoch}"))
+        else:
+            crop = center_crop(image, self.image_size)
+        return from_uint8(TF.pil_to_tensor(crop)), label
+
+    def views(self, index, num_views):
+        """(all of crop_views of an image (num_views,3,H,W), label)"""
+        image, label = self.read(index)
+        crops = crop_views(image, self.image_size, num_views)
+        pixels = torch.stack([TF.pil_to_tensor(crop) for crop in crops])
+        return from_uint8(pixels), label
+
+    @property
+    def unreadable(self):
+        return int(self.failed.sum())
+
+    def read(self, index):
+        """(RGB image, label) of an item, or of the next one that can be read."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for i in range(index, index + len(self)):
+            i = i % len(self)
+            if self.failed[i]:
+                continue
+            try:
+                image, label = self.source[i]
+                return to_rgb(image), int(label)
+            except Exception as error:  # PIL raises many kinds
+                self.failed[i] = True
+                name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
+                print(f"skipped {name!r}, which cannot be read: {error}", file=sys.stderr)
+            if self.unreadable > self.max_unreadable:
+                break
+        raise UserError(f"{self.unreadable} images of {self.description} cannot be read, more than 1 %; see above")
+
+    def fingerprint(self):
+        """A digest of which images these are and in which order, by the names of a folder's files."""
+        text = f"{self.description} {len(self)}"
+        if isinstance(self.source, Folder):
+            text = "\n".join(path.removeprefix(self.source.root) for path, _ in self.source.samples)
+        digest = hashlib.sha256(os.fsencode(text))
+        return digest.hexdigest()
 
 def load_data(name_or_path, image_size, train):
     """
-    A data set of (image (3,H,W) in [-1, 1], label int) with `.classes`, center-cropped, or with `train` randomly (shapes never).
+    The ImageData of "shapes", of a folder of class folders or images, or of a data set of torchvision, by
+    its name, downloaded into torch.hub's cache. Center crops, or with `train` random ones (not of shapes).
 
-    `name_or_path`: "shapes"; a folder of class folders or of images; a name of torchvision.datasets in lower case,
-    downloaded into torch.hub's cache. Of a folder with `train` and `val` inside, these are the two parts; of another,
-    every tenth file by name is held out. Where there is nothing to hold out (under 100 images, a torchvision set without
-    parts) both are the whole. `.origin` says in words what was taken. Raises UserError where there is nothing to load.
+    A folder that holds `train` and `val` (or the like) has these two parts; of any other every tenth file
+    is held out. Under 100 images, or in a torchvision set without parts, both parts are the whole.
     """
     if name_or_path == "shapes":
-        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, False, f"shapes, {'training' if train else 'held-out'} part")
-    path = Path(os.path.expanduser(name_or_path))
-    if path.exists():
-        parts = path / "train", path / "val"
-        if all(p.is_dir() for p in parts):
-            names = [[p.name for p in Folder.class_folders(part)] for part in parts]
-            require(names[0] == names[1], f"{parts[0]} and {parts[1]} hold different class folders ({len(names[0])} and {len(names[1])})")
-            source, origin = Folder(parts[not train]), f"{parts[not train]}"
-        else:
-            source, origin = Folder(path), f"{path}, all of it (too few to hold any out)"
-            if len(source) >= 100:
-                source.samples = [s for i, s in enumerate(source.samples) if (i % 10 == 9) != train]
-                origin = f"{path}, {'all but every' if train else 'every'} tenth file"
-        return ImageData(source, source.classes, image_size, train, origin)
+        description = "shapes, training part" if train else "shapes, held-out part"
+        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, False, description)
+    path = os.path.expanduser(name_or_path)
+    if os.path.exists(path):
+        return load_folder(path, image_size, train)
+    return load_torchvision(str(name_or_path), image_size, train)
 
-    make = {n.lower(): getattr(torchvision.datasets, n) for n in torchvision.datasets.__all__}.get(str(name_or_path).lower())
+TRAINING_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+
+def load_folder(path, image_size, train):
+    check(os.path.isdir(path), f"{path} is a file; --data takes a folder of images, or of class folders")
+    folders = {name.lower(): os.path.join(path, name) for name in visible_folders(path)}
+    names = [name for name in TRAINING_NAMES + HELD_OUT_NAMES if name in folders]
+    if names:  # of its two parts, training first
+        check(names[0] in TRAINING_NAMES and names[1:] and names[1] in HELD_OUT_NAMES,
+              f"{path} holds {' and '.join(names)}: call its two parts train and val, or rename the class")
+        training, held_out = [folders[name] for name in names[:2]]
+        check(visible_folders(training) == visible_folders(held_out),
+              f"{training} and {held_out} hold different class folders")
+        source = Folder(training if train else held_out)
+        others = sorted(folders.keys() - set(names[:2]))
+        if others:
+            source.notes += f"; {', '.join(others)} beside the two parts not taken"
+        return ImageData(source, source.classes, image_size, train, source.root + source.notes)
+
+    source = Folder(path)
+    whole_size = len(source)
+    part = "all of it (too few to hold any out)"
+    if whole_size >= 100:
+        part = "all but every tenth file" if train else "every tenth file"
+        source.samples = [s for i, s in enumerate(source.samples) if (i % 10 != 9) == train]
+    return ImageData(source, source.classes, image_size, train, f"{path}, {part}{source.notes}", whole_size)
+
+def load_torchvision(name, image_size, train):
+    makers = {maker.lower(): getattr(torchvision.datasets, maker) for maker in torchvision.datasets.__all__}
+    make = makers.get(name.lower())
     takes = inspect.signature(make).parameters if make else ()
-    require("root" in takes, f"--data {name_or_path}: no such folder, and torchvision has no data set of that name "
-                             "(it has cifar10, stl10, imagenette, flowers102, ...); `shapes` needs nothing")
-    splits = ("train", "trainval") if train else ("val", "test")
-    parts = [{"train": train}] if "train" in takes else [{"split": name} for name in splits if "split" in takes] or [{}]
-    options = {"root": Path(torch.hub.get_dir()) / "datasets"} | ({"download": True} if "download" in takes else {})
+    check("root" in takes, f"--data {name}: no such folder, and no data set of torchvision, such as cifar10")
+    options = {"root": Path(torch.hub.get_dir()) / "datasets"}
+    if "download" in takes:
+        options["download"] = True
+    parts = [{}]  # the options that select a part: the first ones that the data set knows are taken
+    if "train" in takes:
+        parts = [{"train": train}]
+    elif "split" in takes:
+        parts = [{"split": split} for split in (("train", "trainval") if train else ("val", "test"))]
     for part in parts:
-        with (explained(f"--data {name_or_path}: torchvision could not get its part {part}", "; download it elsewhere and give its folder"),
-              contextlib.suppress(ValueError)):  # its parts have other names
+        try:
             source = make(**options, **part)
             break
-    else:
-        raise UserError(f"--data {name_or_path}: torchvision's {make.__name__} has none of the parts {parts}")
-    with explained(f"--data {name_or_path}: torchvision's {make.__name__} does not list its classes", "; save its images as a folder"):
-        classes = getattr(source, "classes", None) or [str(i) for i in range(int(max(getattr(source, "labels", getattr(source, "targets", [])))) + 1)]
-    return ImageData(source, [c if isinstance(c, str) else ", ".join(c) for c in classes], image_size, train,
-                     f"torchvision's {make.__name__}, {part or 'the whole'}")
+        except ValueError:  # no such split
+            source = None
+        except Exception as error:
+            raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
+    classes = getattr(source, "classes", None)
+    check(classes, f"--data {name}: has no part {parts}, or no list of classes; save it as a folder")
+    classes = [c if isinstance(c, str) else ", ".join(c) for c in classes]
+    return ImageData(source, classes, image_size, train, f"torchvision's {make.__name__} {part or ''}".strip())
 
-
-def to_uint8(images):
-    """[-1, 1] to 0..255, as the official scripts write images: clamp(127.5 x + 128), cut to whole numbers."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
-
+def training_batches(size, batch_size, seed, steps, first_step=0, rank=0, world_size=1, accumulate=1):
+    """
+    Yields this rank's micro-batches, `accumulate` a step: lists of (index, epoch), indices below `size`.
+    Each epoch has its own permutation; batches may straddle epochs. The order depends on seed and step
+    alone: a run can be resumed at any step, on any number of ranks.
+    """
+    epoch = None
+    micro_size = batch_size // (world_size * accumulate)
+    for step in range(first_step, steps):
+        items = []
+        for position in range(step * batch_size + rank, (step + 1) * batch_size, world_size):
+            if position // size != epoch:
+                epoch = position // size
+                order = np.random.default_rng([seed, epoch]).permutation(size)
+            items.append((int(order[position % size]), f"{seed} {epoch}"))
+        for i in range(0, len(items), micro_size):
+            yield items[i:i + micro_size]
 
 # -----------------------------------------------------------------------------
-# Transformer blocks, for adapters and GPT alike
-
+# Transformer blocks, of the adapters and the GPT
 
 def rotary_table(grid, head_dim):
     """
-    (2, 1 + grid^2, head_dim): cos, and sin as (-sin, sin) for each pair, of the class token and then the grid, row by row. The first
-    half of the interleaved pairs turns by the row, the other by the column. The class token's are zeros, as in the official
-    code: it turns query and key into zero vectors, so that every position attends to the class with a score of 0.
+    (2, 1 + grid^2, head_dim): cosines, and sines as (-sin, sin) for each pair, of the class token and the
+    grid, row by row. The first half of the pairs turns by the row, the second by the column. The class
+    token's entries are zeros, as in the official code: every position attends to it with a score of 0.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
-    angle = torch.arange(grid)[:, None] * frequency
-    angle = torch.cat([angle.repeat_interleave(grid, 0), angle.repeat(grid, 1)], 1)  # (grid^2, head_dim/2)
-    cos, sin = angle.cos().repeat_interleave(2, 1), torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
+    angle = torch.arange(grid)[:, None] * frequency  # (grid, head_dim/4)
+    rows = angle.repeat_interleave(grid, 0)
+    columns = angle.repeat(grid, 1)
+    angle = torch.cat([rows, columns], 1)  # (grid^2, head_dim/2)
+    cos = angle.cos().repeat_interleave(2, 1)
+    sin = torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
     return F.pad(torch.stack([cos, sin]), (0, 0, 1, 0))
 
-
 def rotate(x, table):
-    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), in the precision of table (2, T, e)."""
+    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), by a table (2, T, e)."""
     cos, sin = table
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin  # flip: (a, b) -> (b, a)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) -> (b, a)
+    return x * cos + swapped * sin
 
-
-def training_layout(x):
-    """
-    A map or a kernel, in training on CPUs with its channels last in memory: convolutions (oneDNN's, on x86) then take up to a quarter less time, and
-    pass the layout on. Not in encoding: GroupNorm loses digits in it where a group's mean is far above its spread, enough for other codes.
-    """
-    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" and torch.is_grad_enabled() else torch.contiguous_format)
-
+def to_channels_last(x):
+    """In training on CPUs, a map with its channels last in memory: convolutions are up to a quarter faster."""
+    # not in encoding: GroupNorm loses digits in this layout, and images of one color find other codes
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, T, C) -> (B, T, C); causal, rotary and cached where the GPT asks for it."""
+    """Multi-head self-attention: (B, T, C) -> (B, T, C). In the GPT it is causal, rotary and cached."""
 
     def __init__(self, width, heads, bias=True, causal=False):
         super().__init__()
-        self.heads, self.causal = heads, causal
-        self.qkv, self.proj = nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
+        self.heads = heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width, bias)
+        self.proj = nn.Linear(width, width, bias)
 
-    def forward(self, x, rotary=None, cache=None, at=0):
-        """rotary: a table for rotate. cache (2,B,heads,length,e): keys and values; its first `at` positions are filled, and x (T = 1) adds its own."""
+    def forward(self, x, rotary=None, cache=None, position=0):
+        """cache (2, B, heads, length, e): keys and values of `position` tokens; x, one token, adds its own."""
         B, T, C = x.shape
-        qk, (v,) = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).split([2, 1])
-        q, k = qk if rotary is None else rotate(qk, rotary)  # (B, heads, T, e) each, as v is
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, e)
+        q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
+        v = qkv[2]
         if cache is not None:
-            cache[0, :, :, at:at + T], cache[1, :, :, at:at + T] = k, v
-            k, v = cache[:, :, :, :at + T]
-        # in training on CPUs at least float32: under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
-        dtype = torch.promote_types(v.dtype, torch.float32) if x.device.type == "cpu" and torch.is_grad_enabled() else v.dtype
+            cache[0, :, :, position] = k[:, :, 0]
+            cache[1, :, :, position] = v[:, :, 0]
+            k, v = cache[:, :, :, :position + 1]
+        dtype = v.dtype
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
+            dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=self.causal and T > 1)
-        return self.proj(y.to(v.dtype).transpose(1, 2).reshape(B, T, C))
-
+            is_causal = self.causal and cache is None
+            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal)
+        y = y.to(v.dtype).transpose(1, 2).reshape(B, T, C)
+        return self.proj(y)
 
 class MLP(nn.Module):
     def __init__(self, width, activation=F.gelu):
         super().__init__()
-        self.fc1, self.fc2, self.activation = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), activation
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.activation = activation
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
 
-
 class SwiGLU(nn.Module):
     def __init__(self, width):
         super().__init__()
-        hidden = -(-int(8 * width / 3) // 256) * 256  # rounded up to a multiple of 256
-        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        hidden = 256 * math.ceil(int(8 * width / 3) / 256)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
-
 class Block(nn.Module):
-    """A pre-norm transformer block; `dropout` falls on both branches' outputs."""
+    """A pre-norm transformer block; dropout acts on the outputs of attention and MLP."""
 
     def __init__(self, width, attn, mlp, norm=nn.LayerNorm, dropout=0.0):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp, self.dropout = norm(width), attn, norm(width), mlp, nn.Dropout(dropout)
+        self.norm1 = norm(width)
+        self.attn = attn
+        self.norm2 = norm(width)
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, **attention_options):
         x = x + self.dropout(self.attn(self.norm1(x), **attention_options))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
 
 class ViT(nn.Module):
-    """
-    A vision transformer over a map (B,C,h,w), whose vectors `stem` makes into tokens; its learned positions fix the grid.
-    -> a map (B,width,h,w); or, with `class_token`, one token more in front, that one's output (B,width).
-    """
+    """A vision transformer: a map (B,C,h,w) -> (B,width,h,w), or the output of its class token (B,width)."""
 
-    def __init__(self, width, depth, heads, positions, stem, class_token=False, activation=F.gelu, eps=1e-5):
+    def __init__(self, width, depth, heads, num_positions, proj_in, class_token=False, activation=F.gelu, eps=1e-5):
         super().__init__()
         norm = functools.partial(nn.LayerNorm, eps=eps)
-        self.stem = stem
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(1, width)) if class_token else None
-        self.positions = nn.Parameter(width**-0.5 * torch.randn(positions + class_token, width))
-        self.norm_pre, self.norm_post = norm(width), norm(width)
-        self.blocks = nn.Sequential(*(Block(width, Attention(width, heads), MLP(width, activation), norm) for _ in range(depth)))
+        scale = width**-0.5
+        self.proj_in = proj_in
+        self.class_embedding = nn.Parameter(scale * torch.randn(1, width)) if class_token else None
+        self.pos_embed = nn.Parameter(scale * torch.randn(num_positions + class_token, width))
+        self.norm_pre = norm(width)
+        self.blocks = nn.Sequential()
+        for _ in range(depth):
+            attn = Attention(width, heads)
+            nn.init.xavier_uniform_(attn.qkv.weight)  # as nn.MultiheadAttention, which the official code uses
+            nn.init.zeros_(attn.qkv.bias)
+            nn.init.zeros_(attn.proj.bias)
+            self.blocks.append(Block(width, attn, MLP(width, activation), norm))
+        self.norm_post = norm(width)
 
     def forward(self, x):
         h, w = x.shape[2:]
-        x = self.stem(x.flatten(2).transpose(1, 2))  # (B, h*w, width), row by row
+        x = self.proj_in(x.flatten(2).transpose(1, 2))  # (B, h*w, width), row by row
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        x = self.norm_post(self.blocks(self.norm_pre(x + self.positions)))
-        return x[:, 0] if self.class_embedding is not None else training_layout(x.transpose(1, 2).unflatten(2, (h, w)))
-
+        x = self.blocks(self.norm_pre(x + self.pos_embed))
+        x = self.norm_post(x)
+        if self.class_embedding is not None:
+            return x[:, 0]
+        return to_channels_last(x.transpose(1, 2).unflatten(2, (h, w)))
 
 # -----------------------------------------------------------------------------
 # Tokenizer: config
 
-
 def flag(default, help):
-    """A config field whose explanation is also the help of its command-line flag."""
+    """A config field whose explanation is also the help text of its command-line flag."""
     return field(default=default, metadata={"help": help})
 
+CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
 
 @dataclass
 class FQGANConfig:
     """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
 
-    k: int = flag(3, "number of sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN")
+    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN")
     codebook_size: int = flag(16384, "codes in each sub-codebook")
-    codebook_dim: int = flag(8, "numbers in a code")
+    codebook_dim: int = flag(8, "dimension of a code")
     image_size: int = flag(256, "side of the square images, in pixels")
-    downsample: int = flag(16, "pixels a code stands for, along each side; a power of two")
-    patch_size: int = flag(1, "above 1, pixels are first gathered into channels, patch by patch: a cheap stem")
-    channels: int = flag(128, "width of the convolutions at the finest level")
-    channel_mult: tuple[int, ...] = flag((), "width of each level in units of channels; empty: as published, 1,1,2,2,4 at 16x")
-    res_blocks: int = flag(2, "residual blocks in a level of the encoder; the decoder has one more")
-    norm_groups: int = flag(32, "groups of the normalizations; with few channels in each, an image's mean colour is lost")
+    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two")
+    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first")
+    channels: int = flag(128, "channels of the convolutions at the finest stage")
+    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
+    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more")
+    norm_groups: int = flag(32, "groups of GroupNorm; with few channels in each, an image's mean color is lost")
     z_channels: int = flag(256, "channels between the convolutions and the quantizers")
     adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
     adapter_width: int = flag(512, "width of the adapters")
     adapter_heads: int = flag(8, "attention heads of the adapters")
-    recompute: bool = flag(False, "training keeps what convolutions return and computes norms and activations again: less memory")
+    recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
     commit_weight: float = flag(0.25, "weight of the commitment loss")
     entropy_weight: float = flag(0.03, "weight of the entropy loss")
-    entropy_final: float = flag(1.0, "share of --entropy-weight that an exponential decay over the run ends at; 1 for no decay")
+    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at")
     entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
     representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0 for none")
     disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
     disc_start: int = flag(20_000, "step from which the adversarial losses are on")
-    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks; follows from the teachers
+    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
 
     def __post_init__(self):
         for f in fields(self):
+            value = getattr(self, f.name)
             low = 0 if f.name in ("adapter_depth", "disc_start") else 1
-            require(f.type is not int or getattr(self, f.name) >= low, f"{f.name} is {getattr(self, f.name)}; it must be at least {low}")
-        require(self.downsample > 1 and self.downsample.bit_count() == 1 and self.downsample % self.patch_size == 0,
-                f"downsample {self.downsample} must be a power of two, and a multiple of patch_size {self.patch_size}")
-        require(self.image_size % self.downsample == 0,
-                f"image_size {self.image_size} is not divisible by downsample {self.downsample}: "
-                f"{max(1, self.image_size // self.downsample) * self.downsample} is")
-        levels = (self.downsample // self.patch_size).bit_length()
-        self.channel_mult = tuple(self.channel_mult) or (1, *((1,) * levels + (2, 2, 4))[4:])  # 1,2,2,4 at 8x; 1,1,2,2,4 at 16x
-        self.teacher_widths = tuple(self.teacher_widths)
-        require(len(self.teacher_widths) <= self.k, f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
-        require(len(self.channel_mult) == levels,
-                f"channel_mult {self.channel_mult} names {len(self.channel_mult)} levels; "
-                f"downsample {self.downsample} with patch_size {self.patch_size} has {levels}")
-        require(all(m > 0 and self.channels * m % self.norm_groups == 0 for m in (1, *self.channel_mult)),
-                f"channels {self.channels} x {self.channel_mult} must be multiples of norm_groups {self.norm_groups}")
-        require(self.adapter_depth == 0 or self.adapter_width % math.lcm(self.norm_groups, self.adapter_heads) == 0,
-                f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} and of adapter_heads {self.adapter_heads}")
+            check(f.type is not int or value >= low, f"{f.name} is {value}; it must be at least {low}")
         for name in ("entropy_temperature", "entropy_final"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+            check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        check(self.downsample.bit_count() == 1 < self.downsample, f"downsample {self.downsample} is not a power of two")
+        check(self.downsample % self.patch_size == 0,
+              f"downsample {self.downsample} must be a multiple of patch_size {self.patch_size}")
+        divisible = max(1, self.image_size // self.downsample) * self.downsample
+        check(self.image_size == divisible,
+              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {divisible} is")
+
+        factor = self.downsample // self.patch_size
+        num_stages = factor.bit_length()
+        self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
+        self.teacher_widths = tuple(self.teacher_widths)
+        num_given = len(self.channel_mult)
+        check(num_given == num_stages,
+              f"channel_mult {self.channel_mult} names {num_given} stages; there are {num_stages}")
+        check(min(self.channel_mult) > 0 and self.channels % self.norm_groups == 0,
+              f"channels {self.channels} must be multiples of norm_groups {self.norm_groups}")
+        divisor = math.lcm(self.norm_groups, self.adapter_heads)
+        check(self.adapter_depth == 0 or self.adapter_width % divisor == 0,
+              f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} "
+              f"and of adapter_heads {self.adapter_heads}")
+        num_teachers = len(self.teacher_widths)
+        check(num_teachers <= self.k, f"{num_teachers} teachers are more than k={self.k} sub-codebooks")
 
     @property
     def grid(self):
         return self.image_size // self.downsample
 
-
 # -----------------------------------------------------------------------------
 # Tokenizer: the convolutional encoder and decoder of VQGAN
-
 
 def group_norm(channels, config):
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
-
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, config):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in, config), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out, config), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in, config)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out, config)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.recompute = config.recompute
 
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
-            keep_convolutions = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
-            return checkpoint(self.add_residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep_convolutions)
-        return self.add_residual(x)
+            # keep what the convolutions return, compute the rest again in the backward pass
+            context_fn = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+        return self.residual(x)
 
-    def add_residual(self, x):
+    def residual(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.shortcut(x) + h
 
-
 class AttnBlock(nn.Module):
-    """Self-attention over all positions of a feature map, one head."""
+    """Self-attention with one head over all positions of a feature map."""
 
     def __init__(self, channels, config):
         super().__init__()
-        self.norm, self.attn = group_norm(channels, config), Attention(channels, heads=1)
+        self.norm = group_norm(channels, config)
+        self.attn = Attention(channels, heads=1)
 
     def forward(self, x):
-        h = self.attn(self.norm(x).flatten(2).transpose(1, 2))  # (B, h*w, C)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        h = self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + h
 
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-def downsample(c):
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))  # at right and bottom only, as VQGAN
-
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # at the right and the bottom only, as VQGAN
 
 class Upsample(nn.Module):
-    """Every pixel doubled along both sides, then a 3x3 convolution: as one transposed convolution, 4/9 of the multiplications."""
+    """
+    Doubles every pixel along both sides, then a 3x3 convolution; as one transposed convolution, with 4/9
+    of the multiplications. Along one side, with the weights (a, b, c) and the pixels ... x y z ...:
 
-    def __init__(self, c):
+        doubled   x  x  y  y  z  z
+        outputs         ^ a x + b y + c y = a x + (b + c) y
+                           ^ a y + b y + c z = (a + b) y + c z
+
+    so y adds (c, b + c, a + b, a) times itself to four outputs in a row: a transposed convolution of
+    stride 2 with that kernel, which is (c, b, a) plus itself shifted by one.
+    """
+
+    def __init__(self, channels):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        weight = self.conv.weight.transpose(0, 1).flip(2, 3)
-        kernel = sum(F.pad(weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # 4x4: weights that meet the same pixel, added
-        return F.conv_transpose2d(x, training_layout(kernel), self.conv.bias, stride=2, padding=1)
+        weight = self.conv.weight.transpose(0, 1).flip(2, 3)  # (C_in, C_out, 3, 3)
+        weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
+        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))  # (C_in, C_out, 4, 4)
+        return F.conv_transpose2d(x, to_channels_last(weight), self.conv.bias, stride=2, padding=1)
 
+class Stage(nn.Module):
+    """Residual blocks at one resolution, each with attention at the lowest one; then the next resolution."""
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention at the lowest; then the change of resolution."""
-
-    def __init__(self, c_in, c_out, blocks, attend, resample, config):
+    def __init__(self, c_in, c_out, num_blocks, config, attention, resample):
         super().__init__()
-        self.res = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attend else nn.Identity() for _ in range(blocks))
+        self.res = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(num_blocks):
+            self.res.append(ResBlock(c_in if i == 0 else c_out, c_out, config))
+            self.attn.append(AttnBlock(c_out, config) if attention else nn.Identity())
         self.resample = resample(c_out)
 
     def forward(self, x):
@@ -531,725 +686,1237 @@ class Level(nn.Module):
             x = attn(res(x))
         return self.resample(x)
 
+def mid_block(channels, config):
+    return nn.Sequential(ResBlock(channels, channels, config), AttnBlock(channels, config),
+                         ResBlock(channels, channels, config))
 
-def middle(c, config):
-    return nn.Sequential(ResBlock(c, c, config), AttnBlock(c, config), ResBlock(c, c, config))
-
-
-def encoder(config):
+class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, C, h, w), the features that all adapters share."""
-    widths = [config.channels * m for m in config.channel_mult]
-    last = len(widths) - 1
-    return nn.Sequential(OrderedDict(
-        patch=nn.PixelUnshuffle(config.patch_size),
-        conv_in=nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1),
-        levels=nn.Sequential(*(Level(c_in, c_out, config.res_blocks, i == last, nn.Identity if i == last else downsample, config)
-                               for i, (c_in, c_out) in enumerate(zip([config.channels] + widths, widths)))),
-        mid=middle(widths[-1], config)))
 
+    def __init__(self, config):
+        super().__init__()
+        self.patch = nn.PixelUnshuffle(config.patch_size)
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
+        self.stages = nn.Sequential()
+        c_in = config.channels
+        for i, mult in enumerate(config.channel_mult):
+            is_lowest = i == len(config.channel_mult) - 1
+            resample = nn.Identity if is_lowest else Downsample
+            self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks, config, is_lowest, resample))
+            c_in = config.channels * mult
+        self.mid = mid_block(c_in, config)
 
-def decoder(config):
+    def forward(self, x):
+        x = self.conv_in(self.patch(x))
+        return self.mid(self.stages(x))
+
+class Decoder(nn.Module):
     """(B, z_channels, h, w) -> (B, 3, H, W)"""
-    widths = [config.channels * m for m in reversed(config.channel_mult)]
-    last = len(widths) - 1
-    return nn.Sequential(OrderedDict(
-        conv_in=nn.Conv2d(config.z_channels, widths[0], 3, padding=1),
-        mid=middle(widths[0], config),
-        levels=nn.Sequential(*(Level(c_in, c_out, config.res_blocks + 1, i == 0, nn.Identity if i == last else Upsample, config)
-                               for i, (c_in, c_out) in enumerate(zip(widths[:1] + widths, widths)))),
-        norm_out=group_norm(widths[-1], config),
-        swish=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], 3 * config.patch_size**2, 3, padding=1),
-        patch=nn.PixelShuffle(config.patch_size)))
 
+    def __init__(self, config):
+        super().__init__()
+        c_in = config.channels * config.channel_mult[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, c_in, 3, padding=1)
+        self.mid = mid_block(c_in, config)
+        self.stages = nn.Sequential()
+        for i, mult in reversed(list(enumerate(config.channel_mult))):
+            is_lowest = i == len(config.channel_mult) - 1
+            resample = nn.Identity if i == 0 else Upsample
+            self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks + 1, config, is_lowest, resample))
+            c_in = config.channels * mult
+        self.norm_out = group_norm(c_in, config)
+        self.conv_out = nn.Conv2d(c_in, 3 * config.patch_size**2, 3, padding=1)
+        self.patch = nn.PixelShuffle(config.patch_size)
+
+    def forward(self, x):
+        x = self.stages(self.mid(self.conv_in(x)))
+        x = F.silu(self.norm_out(x))
+        return self.patch(self.conv_out(x))
 
 # -----------------------------------------------------------------------------
 # Tokenizer: quantizers and their losses
 
-
 class Quantizer(nn.Module):
     """
-    One sub-codebook. Vectors and codes are compared on the unit sphere, where the nearest code is the one of the
-    largest cosine; the stored codes need not be of unit length (sec. 3.1; l2-normalized codes: LlamaGen, sec. 2.1).
-
-    Always computed in float32: in bfloat16, one random vector in fifteen finds another code.
+    One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
+    the nearest code has the largest cosine. Always in float32: in bfloat16 one random vector in fifteen finds another
+    code. A quantizer of another kind needs the methods below, `codebook` (V,d), and `last_ids`, which training counts.
     """
 
     def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
         super().__init__()
-        self.commit_weight, self.entropy_weight, self.temperature = commit_weight, entropy_weight, entropy_temperature
+        self.commit_weight = commit_weight
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
         self.codebook = nn.Parameter(F.normalize(torch.rand(codebook_size, codebook_dim) - 0.5, dim=-1))
-        # how often each code was chosen in training, until the training script takes the counts and sets them to zero
-        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.long), persistent=False)
+        self.last_ids = None
 
     def lookup(self, ids):
-        """ids (B,h,w) -> unit vectors (B,d,h,w)"""
-        return F.normalize(F.embedding(ids, self.codebook.float()), dim=-1).permute(0, 3, 1, 2)
-
-    def on_the_sphere(self, z):
-        """z (B,d,h,w) of any length -> (z of unit length, its vectors (n,d), the codes (V,d))"""
-        z = F.normalize(z.float(), dim=1)
-        return z, z.permute(0, 2, 3, 1).flatten(0, 2), F.normalize(self.codebook.float(), dim=-1)
+        """ids (B,h,w) -> codes of unit length (B,d,h,w)"""
+        codes = F.embedding(ids, self.codebook.float())
+        return F.normalize(codes, dim=-1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def nearest(self, z):
         """z (B,d,h,w) of any length -> ids (B,h,w)"""
         with torch.autocast(z.device.type, enabled=False):
-            _, vectors, codes = self.on_the_sphere(z)
-            return search(vectors, codes).view(z.shape[0], *z.shape[2:])
+            z = F.normalize(z.float(), dim=1)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+            ids = nearest_codes(to_vectors(z), codes)
+        return ids.view(len(z), *z.shape[2:])
 
     def forward(self, z):
-        """
-        z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), losses)
-
-        losses, each with its weight in it: `codebook` moves the codes to the vectors, `commit` the vectors to the
-        codes, `entropy` sharpens each choice while it spreads the choices over the codebook.
-        """
+        """z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), dict of weighted losses)"""
         with torch.autocast(z.device.type, enabled=False):
-            z, vectors, codes = self.on_the_sphere(z)
-            entropy, ids = entropy_loss(vectors, codes, self.temperature) if self.entropy_weight else (z.new_zeros(()), search(vectors, codes))
-            ids = ids.view(z.shape[0], *z.shape[2:])
+            z = F.normalize(z.float(), dim=1)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+
+            # nearest code
+            if self.entropy_weight:
+                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
+            else:
+                entropy = z.new_zeros(())
+                ids = nearest_codes(to_vectors(z), codes)
+            ids = ids.view(len(z), *z.shape[2:])
             z_q = codes[ids].permute(0, 3, 1, 2)
+
             losses = {
-                "codebook": F.mse_loss(z_q, z.detach()),
-                "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),
-                "entropy": self.entropy_weight * entropy,
+                "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
+                "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
+                "entropy": self.entropy_weight * entropy,  # sharpens and spreads the choices
             }
-        if self.training:
-            self.counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
-        return z + (z_q - z).detach(), ids, losses  # straight-through: the value of z_q, the gradient of z
+        self.last_ids = ids
+        z_q = z + (z_q - z).detach()  # straight-through: the value of z_q, the gradient of z
+        return z_q, ids, losses
 
+def to_vectors(z):
+    """(B,d,h,w) -> (B*h*w, d)"""
+    return z.permute(0, 2, 3, 1).flatten(0, 2)
 
-def rows_at_once(codes):
-    """How many vectors are compared with all codes (V,d) at a time: the (rows, V) matrix fits a CPU's cache, or takes 256 MB of a GPU."""
-    return max(16, (2**18 if codes.device.type == "cpu" else 2**26) // len(codes))
-
+def chunk_size(codes):
+    """How many vectors are compared with all codes (V,d) at a time."""
+    entries = 2**18 if codes.device.type == "cpu" else 2**26  # a CPU's cache, 256 MB of a GPU
+    return max(16, entries // len(codes))
 
 @torch.no_grad()
-def search(vectors, codes):
-    """vectors (n,d) and codes (V,d) of unit length -> the number of each vector's nearest code (n,)"""
-    return torch.cat([(rows @ codes.T).argmax(1) for rows in vectors.split(rows_at_once(codes))])
+def nearest_codes(vectors, codes):
+    """vectors (n,d) and codes (V,d), all of unit length -> the number of each vector's nearest code (n,)"""
+    chunks = vectors.split(chunk_size(codes))
+    return torch.cat([(chunk @ codes.T).argmax(1) for chunk in chunks])
 
-
-class Entropy(torch.autograd.Function):
+class EntropyLoss(torch.autograd.Function):
     """
-    Mean entropy of the soft assignments p = softmax(-|z - code|^2 / temperature), minus the entropy of their mean: MAGVIT-v2's entropy penalty.
-    z (n,d) and codes (V,d) of unit length -> (scalar, each vector's nearest code (n,), which the same pass finds). The (n,V) assignments
-    exist a few rows at a time and are computed again for the backward pass: memory does not grow with n.
+    MAGVIT-v2's entropy penalty: mean entropy of the soft assignments, minus the entropy of their mean.
+    z (n,d) and codes (V,d), all of unit length -> (loss, each vector's nearest code (n,), which the same pass finds).
+
+    In plain PyTorch, with |z - c|^2 = 2 - 2 z.c and the constant left out:
+
+        s = 2 / temperature * z @ codes.T                     # (n, V)
+        p = s.softmax(1)
+        m = p.mean(0)                                         # (V,)
+        loss = -(p * p.log()).sum(1).mean() + (m * (m + 1e-5).log()).sum()
+
+    Here the (n, V) matrices exist a few rows at a time and are computed again in the backward pass, so that memory does
+    not grow with n. The derivative, written out:
+
+        loss by p_ij   (-log p_ij - 1 + log(m_j + 1e-5) + m_j / (m_j + 1e-5)) / n
+                       where log p_ij = s_ij - logsumexp(s_i)
+        call it        g_ij / n, without the -1: what is constant along j has no effect on the next line
+        loss by s_i    p_i * (g_i - p_i.g_i) / n              # the softmax's Jacobian
+        loss by z      2 / temperature * (loss by s) @ codes
+        loss by codes  2 / temperature * (loss by s).T @ z
     """
 
     @staticmethod
-    def chunks(z, codes, temperature):
-        """Yields, some rows of z at a time: the rows (r,d), logits (r,V), p = softmax(logits); logsumexp and argmax of the logits, (r,1) each."""
-        scaled = codes.T * (2 / temperature)  # |z - code|^2 = 2 - 2 cosine
-        for rows in z.split(rows_at_once(codes)):
-            logits = rows @ scaled
-            p, (top, nearest) = logits.softmax(1), logits.max(1, keepdim=True)
-            yield rows, logits, p, top - p.gather(1, nearest).log(), nearest  # logsumexp without a second exp
+    def assignments(z, codes, temperature):
+        """Yields a slice of r rows of z, s (r,V), p (r,V), logsumexp(s) (r,1), nearest code (r,1)."""
+        scaled_codes = codes.T * (2 / temperature)
+        size = chunk_size(codes)
+        for first in range(0, len(z), size):
+            rows = slice(first, first + size)
+            s = z[rows] @ scaled_codes
+            p = s.softmax(1)
+            top, nearest = s.max(1, keepdim=True)
+            logsumexp = top - p.gather(1, nearest).log()  # without a second exp
+            yield rows, s, p, logsumexp, nearest
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
-        entropy, total = 0, 0
-        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # not a list: small tensors between large ones fragment the memory
-        for (_, logits, p, log_sum, nearest), found in zip(Entropy.chunks(z, codes, temperature), ids.split(rows_at_once(codes))):
-            entropy = entropy + (log_sum.squeeze(1) - torch.linalg.vecdot(p, logits)).sum()
-            total = total + p.sum(0)
-            found.copy_(nearest.squeeze(1))
-        mean = total / len(z)
-        ctx.save_for_backward(z, codes, mean)
+        entropy = 0
+        p_sum = 0
+        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # a list would fragment the memory
+        for rows, s, p, logsumexp, nearest in EntropyLoss.assignments(z, codes, temperature):
+            entropy = entropy + (logsumexp.squeeze(1) - torch.linalg.vecdot(p, s)).sum()  # -(p * log p).sum()
+            p_sum = p_sum + p.sum(0)
+            ids[rows] = nearest.squeeze(1)
+        m = p_sum / len(z)
+        ctx.save_for_backward(z, codes, m)
         ctx.mark_non_differentiable(ids)
         ctx.temperature = temperature
-        return entropy / len(z) + (mean * (mean + 1e-5).log()).sum(), ids  # 1e-5 keeps the log finite
+        return entropy / len(z) + (m * (m + 1e-5).log()).sum(), ids
 
     @staticmethod
-    def backward(ctx, gradient, _):
-        z, codes, mean = ctx.saved_tensors
-        mean_term = (mean + 1e-5).log() + mean / (mean + 1e-5)
-        gradient_z, gradient_codes = torch.empty_like(z), torch.zeros_like(codes)
+    def backward(ctx, grad, _):
+        z, codes, m = ctx.saved_tensors
+        m_term = (m + 1e-5).log() + m / (m + 1e-5)
+        grad_z = torch.empty_like(z)
+        grad_codes = torch.zeros_like(codes)
         with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
-            for (rows, logits, p, log_sum, _), rows_gradient in zip(Entropy.chunks(z, codes, ctx.temperature), gradient_z.split(rows_at_once(codes))):
-                slope = logits.neg_().add_(mean_term).add_(log_sum)  # mean_term - log p, the derivative by p but for a constant
-                slope.sub_(torch.linalg.vecdot(p, slope)[:, None]).mul_(p)
-                torch.mm(slope, codes, out=rows_gradient)
-                gradient_codes.addmm_(slope.T, rows)
-        scale = gradient * 2 / (ctx.temperature * len(z))
-        return gradient_z * scale, gradient_codes * scale, None
+            for rows, s, p, logsumexp, _ in EntropyLoss.assignments(z, codes, ctx.temperature):
+                g = s.neg_().add_(m_term).add_(logsumexp)
+                grad_s = g.sub_(torch.linalg.vecdot(p, g)[:, None]).mul_(p)
+                torch.mm(grad_s, codes, out=grad_z[rows])
+                grad_codes.addmm_(grad_s.T, z[rows])
+        scale = grad * 2 / (ctx.temperature * len(z))
+        return grad_z * scale, grad_codes * scale, None
 
-
-entropy_loss = Entropy.apply
-
+entropy_loss = EntropyLoss.apply
 
 def disentangle_loss(quantized):
-    """Mean squared cosine between the codes (B,d,h,w) that k sub-codebooks choose for a position, over all pairs; 0 for k=1. Sec. 3.2."""
-    unit = [F.normalize(q.float(), dim=1) for q in quantized]
-    pairs = [(a * b).sum(1).square().mean() for i, a in enumerate(unit) for b in unit[:i]]
-    return sum(pairs) / len(pairs) if pairs else unit[0].new_zeros(())
+    """k codes (B,d,h,w) -> mean squared cosine over all pairs of sub-codebooks; 0 for k=1. Section 3.2."""
+    unit = [F.normalize(z_q.float(), dim=1) for z_q in quantized]
+    loss = unit[0].new_zeros(())
+    num_pairs = 0
+    for i in range(len(unit)):
+        for j in range(i):
+            cosine = (unit[i] * unit[j]).sum(1)
+            loss = loss + cosine.square().mean()
+            num_pairs += 1
+    return loss / max(1, num_pairs)
 
-
-def representation_loss(predicted, features, first=0):
-    """
-    InfoNCE on cosines, without temperature: each prediction (B,D) is to find its own among the features (N,D), which
-    are the B from number `first` on; with N = B the others of the batch are the negatives. Sec. 3.2, "Representation Learning".
-    """
+def representation_loss(predicted, features):
+    """InfoNCE: each prediction (B,D) is to find its own among the features (B,D). Section 3.2."""
     cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
-    return F.cross_entropy(cosine, torch.arange(first, first + len(predicted), device=cosine.device))
-
+    return F.cross_entropy(cosine, torch.arange(len(cosine), device=cosine.device))
 
 # -----------------------------------------------------------------------------
 # Tokenizer: the whole
 
-
 class Branch(nn.Module):
-    """
-    One sub-codebook: from the shared features (B,C,h,w) to its vectors (B,d,h,w), with its quantizer and, where a teacher supervises it,
-    the head that predicts the teacher's features (B,D) from its codes. Sec. 3.2.
-    """
+    """Features (B,C,h,w) -> a sub-codebook's vectors (B,d,h,w); its quantizer and feature head. Section 3.2."""
 
-    def __init__(self, c_in, config, teacher_width):
+    def __init__(self, c_in, config, teacher_width=0):
         super().__init__()
-        width = config.adapter_width if config.adapter_depth else c_in
-        self.adapter, self.head = nn.Identity(), None
-        if config.adapter_depth:  # no skip around it
-            stem = nn.Linear(c_in, width) if c_in != width else nn.Identity()
-            self.adapter = ViT(width, config.adapter_depth, config.adapter_heads, config.grid**2, stem)
-        self.norm_out, self.conv_out = group_norm(width, config), nn.Conv2d(width, config.z_channels, 3, padding=1)
+        positions = config.grid**2
+        width = c_in
+        self.adapter = nn.Identity()
+        if config.adapter_depth:  # there is no skip around it
+            width = config.adapter_width
+            proj_in = nn.Linear(c_in, width) if c_in != width else nn.Identity()
+            self.adapter = ViT(width, config.adapter_depth, config.adapter_heads, positions, proj_in)
+        self.norm_out = group_norm(width, config)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
                                    config.entropy_weight, config.entropy_temperature)
-        if teacher_width:
-            stem = nn.Sequential(nn.Linear(config.codebook_dim, teacher_width), nn.ReLU(), nn.Linear(teacher_width, teacher_width))
-            self.head = ViT(teacher_width, 3, math.gcd(8, teacher_width), config.grid**2, stem, class_token=True)
+        self.feature_head = None
+        if teacher_width:  # predicts a teacher's features from the codes
+            proj_in = nn.Sequential(nn.Linear(config.codebook_dim, teacher_width), nn.ReLU(),
+                                    nn.Linear(teacher_width, teacher_width))
+            heads = math.gcd(8, teacher_width)
+            self.feature_head = ViT(teacher_width, 3, heads, positions, proj_in, class_token=True)
 
     def forward(self, features):
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(self.adapter(features)))))
-
+        h = self.norm_out(self.adapter(features))
+        return self.quant_conv(self.conv_out(F.silu(h)))
 
 class FQGAN(nn.Module):
-    """
-    The factorized tokenizer: images (B,3,H,W) in [-1,1] <-> ids (B,k,h,w) in [0, codebook_size).
-    Along k: the low-level sub-codebook first, then those that a teacher supervises.
-    """
+    """The tokenizer: images (B,3,H,W) in [-1,1] <-> ids (B,k,h,w)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = encoder(config)
-        c = config.channels * config.channel_mult[-1]
-        widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
-        self.branches = nn.ModuleList(Branch(c, config, width) for width in widths)
+        self.encoder = Encoder(config)
+        channels = config.channels * config.channel_mult[-1]
+        teacher_widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
+        self.branches = nn.ModuleList(Branch(channels, config, width) for width in teacher_widths)
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
-        self.decoder = decoder(config)
-        self.initialize()
+        self.decoder = Decoder(config)
 
-    def initialize(self):
-        """
-        linear layers                N(0, 0.02), biases 0
-        convolutions, stems          PyTorch's own: smaller stems would drown in the positions
-        positions, class embeddings  N(0, 1/sqrt(width)), in ViT
-        codes                        uniform, then unit length, in Quantizer
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and "stem" not in name:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
-    def vectors(self, images):
+    def encode_vectors(self, images):
         """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
-        size, c = tuple(images.shape[-2:]), self.config
-        require(not c.adapter_depth or size == (c.image_size,) * 2,
-                f"images are {size[0]}x{size[1]}, the adapters' positions are for {c.image_size}x{c.image_size}")
-        require(all(s % c.downsample == 0 for s in size), f"images are {size[0]}x{size[1]}, not divisible by the downsample {c.downsample}")
-        features = self.encoder(training_layout(images))
+        c = self.config
+        H, W = images.shape[-2:]
+        check(not c.adapter_depth or H == W == c.image_size,
+              f"images are {W}x{H}; the adapters' positions are for {c.image_size}x{c.image_size}")
+        check(H % c.downsample == W % c.downsample == 0, f"images are {W}x{H}, not divisible by {c.downsample}")
+        features = self.encoder(to_channels_last(images))
         return [branch(features) for branch in self.branches]
 
-    def paint(self, quantized):
-        """list of k (B,d,h,w) -> images (B,3,H,W), contiguous whatever layout the maps have"""
-        return self.decoder(self.post_quant_conv(torch.cat(quantized, 1))).contiguous().float()
+    def decode_vectors(self, quantized):
+        """list of k codes (B,d,h,w) -> images (B,3,H,W) float32"""
+        h = self.post_quant_conv(torch.cat(quantized, 1))
+        return self.decoder(h).contiguous().float()
 
     @torch.no_grad()
     def encode(self, images):
         """images (B,3,H,W) in [-1,1] -> ids (B,k,h,w) int64"""
-        return torch.stack([b.quantizer.nearest(z) for b, z in zip(self.branches, self.vectors(images))], 1)
+        vectors = self.encode_vectors(images)
+        ids = [branch.quantizer.nearest(z) for branch, z in zip(self.branches, vectors)]
+        return torch.stack(ids, 1)
 
     @torch.no_grad()
     def decode(self, ids, only=None):
-        """
-        ids (B,k,h,w) -> images (B,3,h*downsample,w*downsample), about [-1,1], not clamped.
-        `only`: indices of the sub-codebooks whose codes are used, the others being left out (set to zero).
-        """
-        require(ids.ndim == 4 and ids.shape[1] == self.config.k, f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
-        codes = [b.quantizer.lookup(ids[:, i]) for i, b in enumerate(self.branches)]
-        return self.paint([c if only is None or i in only else torch.zeros_like(c) for i, c in enumerate(codes)])
+        """ids (B,k,h,w) -> images (B,3,H,W), about [-1,1]. only: sub-codebooks to use; other codes are 0."""
+        check(ids.ndim == 4 and ids.shape[1] == self.config.k,
+              f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
+        quantized = []
+        for i, branch in enumerate(self.branches):
+            codes = branch.quantizer.lookup(ids[:, i])
+            quantized.append(codes if only is None or i in only else torch.zeros_like(codes))
+        return self.decode_vectors(quantized)
 
-    def forward(self, images, features=(), first=0):
-        """
-        images (B,3,H,W) -> (reconstruction (B,3,H,W), losses): scalars with their weights in them, to be summed.
-        features: (N,D) of each teacher; the rows from `first` on are those of these images, the rest are other processes' and serve as
-        negatives only.
-        The perceptual and adversarial terms need other networks and are added by the training script.
-        """
-        quantized, _, losses = zip(*(b.quantizer(z) for b, z in zip(self.branches, self.vectors(images))))
-        losses = {name: sum(each[name] for each in losses) for name in losses[0]}
+    def forward(self, images, features=()):
+        """images, each teacher's features (B,D) -> (reconstruction (B,3,H,W), weighted losses, to be added up)"""
+        # the perceptual and adversarial losses need other networks: they are in train_tokenizer.py
+        quantized = []
+        losses = {}
+        for branch, z in zip(self.branches, self.encode_vectors(images)):
+            z_q, _, branch_losses = branch.quantizer(z)
+            quantized.append(z_q)
+            for name, loss in branch_losses.items():
+                losses[name] = losses.get(name, 0) + loss
         losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
-        if features:
-            heads = [branch.head for branch in self.branches if branch.head]
-            losses["representation"] = self.config.representation_weight * sum(
-                representation_loss(head(q), target, first) for head, q, target in zip(heads, quantized[-len(heads):], features))
-        reconstruction = self.paint(quantized)
+
+        if features:  # the last sub-codebooks are supervised
+            loss = 0
+            n = len(features)
+            for branch, z_q, target in zip(self.branches[-n:], quantized[-n:], features):
+                loss = loss + representation_loss(branch.feature_head(z_q), target)
+            losses["representation"] = self.config.representation_weight * loss
+
+        reconstruction = self.decode_vectors(quantized)
         losses["reconstruct"] = F.mse_loss(reconstruction, images)
         return reconstruction, losses
-
 
 # -----------------------------------------------------------------------------
 # Networks that only the tokenizer's training needs
 
-
 class LPIPS(nn.Module):
-    """
-    Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, to unit length
-    at each position; the squared difference weighted by channel, averaged over positions. Frozen, and without dropout.
+    """Perceptual distance (https://arxiv.org/abs/1801.03924): images (B,3,H,W) in [-1,1] twice -> (B,)."""
 
-    vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; each fetched once when not given. UserError where they cannot be had.
-    Source: Zhang et al., https://arxiv.org/abs/1801.03924, eq. 1.
-    """
-
-    taps = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # the ReLUs of VGG-16 whose output is taken, and its channels
+    layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # VGG-16's ReLUs that are compared: place, channels
     vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth", "a78928a0af1e5f0f")
+    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+                "a78928a0af1e5f0f")
 
     def __init__(self, vgg=None, lin=None):
         super().__init__()
         self.normalize = torchvision.transforms.Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
         self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
-        self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.taps.values())
-        read_weights(self.features, fetch(*self.vgg_file, local=vgg), r"features\.(.+)")
-        read_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
+        self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.layers.values())
+        load_weights(self.features, fetch(*self.vgg_file, local=vgg), r"features\.(.+)")
+        load_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
         self.eval().requires_grad_(False)
 
-    def maps(self, images):
+    def feature_maps(self, images):
         """Yields the five feature maps, of unit length over the channels."""
-        x = training_layout(self.normalize(images))
+        x = to_channels_last(self.normalize(images))
         for i, layer in enumerate(self.features):
             x = layer(x)
-            if i in self.taps:
+            if i in self.layers:
                 yield F.normalize(x.float(), dim=1, eps=1e-10)
 
     def forward(self, images, others):
-        return sum(((a - b).square() * lin.weight).sum(1).mean((1, 2)) for a, b, lin in zip(self.maps(images), self.maps(others), self.lin))
+        distance = 0
+        for a, b, lin in zip(self.feature_maps(images), self.feature_maps(others), self.lin):
+            difference = (a - b).square() * lin.weight
+            distance = distance + difference.sum(1).mean((1, 2))
+        return distance
 
-
-class Discriminator(nn.Sequential):
-    """PatchGAN: images (B,3,H,W) -> (B,1,h,w), a judgement for each overlapping patch of 70 pixels. Isola et al., arXiv 1611.07004, sec. 3.2.2."""
+class Discriminator(nn.Module):
+    """PatchGAN (https://arxiv.org/abs/1611.07004): images (B,3,H,W) -> logits (B,1,h,w) of 70x70 patches."""
 
     def __init__(self):
-        main = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            main += [nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True)]
-        super().__init__(OrderedDict(main=nn.Sequential(*main, nn.Conv2d(512, 1, 4, padding=1))))  # named as in published files
-        for module in self.main:
-            if not isinstance(module, nn.LeakyReLU):
-                nn.init.normal_(module.weight, 0.0 if isinstance(module, nn.Conv2d) else 1.0, 0.02)
-
-
-def hinge_loss(real, fake):
-    """The discriminator's: judgements of real images pushed above 1, of fake ones below -1."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
-
-
-class Teacher(ViT):
-    """
-    CLIP's or DINOv2's vision transformer, frozen: images (B,3,H,W) in [-1,1] -> its class token (B,width); CLIP's before the
-    final norm, DINOv2's after it. Images are resized to its resolution by nearest neighbours, as in the official code.
-    """
-
-    def __init__(self, width, depth, patch, grid, clip):
-        activation, eps = ((lambda x: x * torch.sigmoid(1.702 * x)), 1e-5) if clip else (F.gelu, 1e-6)
-        super().__init__(width, depth, width // 64, grid**2, nn.Identity(), True, activation, eps)
-        self.size, self.patch = grid * patch, nn.Conv2d(3, width, patch, patch, bias=not clip)
-        if clip:
-            self.norm_post = nn.Identity()
-            self.normalize = torchvision.transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-        else:
-            self.norm_pre = nn.Identity()
-            self.normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(c_out))
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
+        layers.append(nn.Conv2d(512, 1, 4, padding=1))
+        self.main = nn.Sequential(*layers)  # the published name
+        for layer in self.main:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, images):
-        images = F.interpolate(images, self.size, mode="nearest") / 2 + 0.5
-        return super().forward(self.patch(self.normalize(images))).float()
+        return self.main(images)
 
+def hinge_loss(real, fake):
+    """The discriminator's loss: logits of real images are pushed above 1, those of fake ones below -1."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
-CLIP, DINOV2 = "https://openaipublic.azureedge.net/clip/models", "https://dl.fbaipublicfiles.com/dinov2"
-TEACHERS = {  # name: (address, SHA-256 or its beginning)
-    "clip_vitb16": (f"{CLIP}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt", "5806e77cd80f8b59"),
-    "clip_vitl14": (f"{CLIP}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt", "b8cca3fd41ae0c99"),
-    "dinov2_vits14": (f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
-    "dinov2_vitb14": (f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42")}
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
+class Teacher(ViT):
+    """CLIP's or DINOv2's vision transformer: images (B,3,H,W) in [-1,1] -> class token (B,width)."""
+
+    def __init__(self, width, depth, patch_size, grid, clip):
+        super().__init__(width, depth, width // 64, grid**2, nn.Identity(), class_token=True,
+                         activation=quick_gelu if clip else F.gelu, eps=1e-5 if clip else 1e-6)
+        self.image_size = grid * patch_size
+        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=not clip)
+        normalize = torchvision.transforms.Normalize
+        if clip:
+            self.norm_post = nn.Identity()  # FQGAN takes CLIP's class token before the final norm
+            self.normalize = normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        else:
+            self.norm_pre = nn.Identity()
+            self.normalize = normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def forward(self, images):
+        images = F.interpolate(images, self.image_size, mode="nearest") / 2 + 0.5  # as the official code resizes
+        patches = self.patch_embed(self.normalize(images))
+        return super().forward(patches).float()
+
+CLIP_URL = "https://openaipublic.azureedge.net/clip/models"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2"
+TEACHERS = {  # name: (URL, the beginning of its SHA-256)
+    "clip_vitb16": (f"{CLIP_URL}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+                    "5806e77cd80f8b59"),
+    "clip_vitl14": (f"{CLIP_URL}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+                    "b8cca3fd41ae0c99"),
+    "dinov2_vits14": (f"{DINOV2_URL}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
+    "dinov2_vitb14": (f"{DINOV2_URL}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
+}
 
 def load_teacher(name, weights=None):
-    """
-    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, from a local file `weights` or else fetched once; or
-    any model of one's own, a TorchScript file or a torch.export one (.pt2). Raises UserError where it cannot be had.
-    """
+    """A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, or any model's file."""
     path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
-    require(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
-    with explained(f"{path} does not hold the teacher {name}"), warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
-        if name not in TEACHERS:
-            teacher = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, map_location="cpu").eval()
-        else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError:  # OpenAI's files are TorchScript archives
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-            clip = name.startswith("clip")
-            state = clip_weights(state) if clip else dinov2_weights(state)
-            width, _, patch, _ = state["patch.weight"].shape
-            teacher = Teacher(width, count(state, r"blocks\.(\d+)"), patch, math.isqrt(len(state["positions"])), clip).eval()
-            teacher.load_state_dict(state)
-    for p in teacher.parameters():
+    check(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+            if name in TEACHERS:
+                teacher = published_teacher(path, clip=name.startswith("clip"))
+            elif path.suffix == ".pt2":
+                teacher = torch.export.load(path).module()
+            else:
+                teacher = torch.jit.load(path, map_location="cpu").eval()
+    except Exception as error:
+        raise UserError(f"{path} does not hold the teacher {name} ({one_line(error)})") from None
+    for p in teacher.parameters():  # TorchScript has no requires_grad_ for the whole
         p.requires_grad_(False)
     return teacher
 
+def published_teacher(path, clip):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError:  # OpenAI's files are TorchScript archives
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    state = clip_weights(state) if clip else dinov2_weights(state)
+    width, _, patch_size, _ = state["patch_embed.weight"].shape
+    depth = count(state, r"blocks\.(\d+)")
+    teacher = Teacher(width, depth, patch_size, math.isqrt(len(state["pos_embed"])), clip)
+    teacher.load_state_dict(state)
+    return teacher.eval()
 
 # -----------------------------------------------------------------------------
 # GPT
 
-
 @dataclass
 class GPTConfig:
-    """The factorized autoregressive model's shape. The defaults are the paper's FAR-Base over FQGAN-Triple at 16x."""
+    """The factorized autoregressive model's shape. The defaults are FAR-Base with three sub-codebooks at 16x."""
 
-    k: int = 3  # codes at each position; this and the next three follow from tokenizer and data: they have no flags
+    # these follow from tokenizer and data
+    k: int = 3  # codes at each position
     vocab_size: int = 16384  # codes in each sub-codebook
-    num_classes: int = 1000  # one more, the null class, stands for none
+    num_classes: int = 1000  # without the null class, which stands for none
     grid: int = 16  # positions along each side of the image
     n_layer: int = flag(24, "blocks of the trunk")
     n_head: int = flag(16, "attention heads")
     n_embd: int = flag(1024, "width")
-    head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 with k=1 is LlamaGen's GPT")
-    dropout: float = flag(0.1, "dropout on the trunk's input and on every branch of a block")
+    head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 for k linear classifiers")
+    dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
     label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
 
     def __post_init__(self):
-        for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.n_embd % (4 * self.n_head) == 0,
-                f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
-        require(self.head_layers >= (self.k > 1), f"head_layers is {self.head_layers}; with k={self.k} it must be at least {int(self.k > 1)}")
-        require(self.grid <= 256, f"grid is {self.grid}; it must be at most 256")  # its table is in no checkpoint, to be compared with
-        require(self.k <= 1 + self.grid**2, f"k={self.k} codes are more than the {1 + self.grid**2} rotary positions of a {self.grid}x{self.grid} grid")
+        for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd", "head_layers"):
+            low = 0 if name == "head_layers" else 1
+            check(getattr(self, name) >= low, f"{name} is {getattr(self, name)}; it must be at least {low}")
         for name in ("dropout", "label_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-
+            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        check(self.grid <= 256, f"grid is {self.grid}; it must be at most 256")
+        check(self.n_embd % (4 * self.n_head) == 0,
+              f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
+        num_rows = 1 + self.grid**2  # of the rotary table
+        check(self.k <= num_rows, f"k={self.k} codes are more than the {num_rows} rotary positions of grid {self.grid}")
 
 class GPT(nn.Module):
     """
-    FAR, sec. 3.3: a LLaMA-style trunk over positions, then for each position a small causal transformer, the head,
-    over its k codes. The trunk's input at a position is the projected concatenation of the position before's k codes; at the first, the class.
+    FAR, section 3.3. The trunk, a LLaMA-style transformer, runs over positions: its input is the class,
+    then for each position a projection of the k codes there. The head, a small causal transformer, runs
+    over the k codes of a position: its input is the trunk's output, then the codes' embeddings. Without a
+    head, k linear layers read the trunk's output: LlamaGen's GPT (k=1), or the baseline of table 4.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, D = config, config.n_embd
-        norm = functools.partial(nn.RMSNorm, eps=1e-5)
+        self.config = config
+        D = config.n_embd
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)  # the last row is the null class
         self.token_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, D) for _ in range(config.k))
-        self.aggregate = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
+        self.token_proj = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.trunk, self.head = (
-            nn.ModuleList(Block(D, Attention(D, config.n_head, bias=False, causal=True), SwiGLU(D), norm, config.dropout) for _ in range(n))
-            for n in (config.n_layer, config.head_layers))
-        self.norm = norm(D)
+        self.trunk = nn.ModuleList(self.block() for _ in range(config.n_layer))
+        self.head = nn.ModuleList(self.block() for _ in range(config.head_layers))
+        self.norm = nn.RMSNorm(D, eps=1e-5)
         self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
         self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
-        self.initialize()
 
-    def initialize(self):
-        """
-        linear layers and embeddings  N(0, 0.02)        outputs  0, so that the loss starts at ln(vocab_size)
-        biases                        0                 norms    1
-        """
+        # initialization: with outputs of 0, the loss starts at ln(vocab_size); norms stay at 1
         for name, p in self.named_parameters():
-            if p.ndim > 1:
-                nn.init.zeros_(p) if name.startswith("outputs") else nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
+            if name.startswith("outputs") or name.endswith("bias"):
                 nn.init.zeros_(p)
+            elif p.ndim > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def block(self):
+        c = self.config
+        attn = Attention(c.n_embd, c.n_head, bias=False, causal=True)
+        return Block(c.n_embd, attn, SwiGLU(c.n_embd), functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
 
     def forward(self, ids, labels):
-        """
-        ids (B,k,h,w), labels (B,) -> (logits (B, k, h*w, vocab_size) float32, loss: mean cross-entropy of all k codes).
-        Teacher-forced: the logits of a code depend on the codes before it alone. Eq. 6 and 7.
-        """
-        c, ids = self.config, ids.flatten(2)
+        """ids (B,k,h,w), labels (B,) -> (logits (B,k,h*w,vocab_size) float32, mean cross-entropy). Equations 6, 7."""
+        c = self.config
+        ids = ids.flatten(2)
         B, k, P = ids.shape
         if self.training and c.label_dropout:
-            labels = labels.masked_fill(torch.rand(B, device=labels.device) < c.label_dropout, c.num_classes)
+            is_dropped = torch.rand(B, device=labels.device) < c.label_dropout
+            labels = labels.masked_fill(is_dropped, c.num_classes)
+
+        # trunk: the class, then every position but the last
         embedded = [table(ids[:, i]) for i, table in enumerate(self.token_embeddings)]  # k of (B, P, D)
-        x = torch.cat([self.class_embedding(labels)[:, None], self.aggregate(torch.cat(embedded, -1))[:, :-1]], 1)
+        tokens = self.token_proj(torch.cat(embedded, -1))
+        x = torch.cat([self.class_embedding(labels)[:, None], tokens[:, :-1]], 1)  # (B, P, D)
         x = self.dropout(x)
         for block in self.trunk:
             x = block(x, rotary=self.rotary[:, :P])
-        x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
-        for block in self.head:  # rows 0 to k-1 of the same table, as in the official code: row 0, all zeros, falls on the trunk's output
-            x = block(x, rotary=self.rotary[:, :k])
-        x = self.norm(x).view(B, P, k, -1)
-        logits = torch.stack([output(x[:, :, i]) for i, output in enumerate(self.outputs)], 1).float()  # (B, k, P, V)
+
+        # head: the trunk's output, then every code of the position but the last
+        if self.head:
+            x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
+            for block in self.head:
+                # rows 0 to k-1 of the same table, as in the official code: the trunk's output has the zeros
+                x = block(x, rotary=self.rotary[:, :k])
+            x = x.view(B, P, k, -1)
+        else:
+            x = x[:, :, None].expand(-1, -1, k, -1)
+        x = self.norm(x)
+
+        logits = [output(x[:, :, i]) for i, output in enumerate(self.outputs)]
+        logits = torch.stack(logits, 1).float()  # (B, k, P, vocab_size)
         return logits, F.cross_entropy(logits.flatten(0, 2), ids.flatten())
 
     @torch.no_grad()
     def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """
-        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values.
-
-        Each knob is one number, or k of them. cfg_scale above 1 guides: logits = null + scale * (class - null), for
-        which every sample runs twice; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
-        generator: a torch.Generator on the model's device. Raises UserError for a label or a knob out of range.
+        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values. Each of the four
+        sampling parameters is one number, or k of them. cfg_scale 1 is no guidance, which takes half the
+        time; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
         """
-        c, B = self.config, len(labels)
-        low, high = (int(labels.min()), int(labels.max())) if B else (0, 0)
-        require(0 <= low <= high <= c.num_classes, f"labels run from {low} to {high}, expected 0 to {c.num_classes - 1}, or {c.num_classes} for none")
-        knobs = {"cfg_scale": cfg_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        for name, value in knobs.items():
-            knobs[name] = list(value) if isinstance(value, (list, tuple)) else [value] * c.k
-            require(len(knobs[name]) == c.k, f"{name} has {len(knobs[name])} values; give one, or {c.k}, one for each code of a position")
-            require(all(0 <= v < 1e30 for v in knobs[name]), f"{name} is {value}; it must be a finite number of at least 0")
-        require(0 < min(knobs["top_p"]) <= max(knobs["top_p"]) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
-        guided = max(knobs["cfg_scale"]) > 1
+        c = self.config
+        B = len(labels)
+        if B:
+            first, last = labels.aminmax()
+            check(0 <= first and last <= c.num_classes,
+                  f"labels run from {first} to {last}, expected 0 to {c.num_classes} (the last for no class)")
+        cfg_scale = self.one_for_each_code("cfg_scale", cfg_scale)
+        temperature = self.one_for_each_code("temperature", temperature)
+        top_k = self.one_for_each_code("top_k", top_k)
+        top_p = self.one_for_each_code("top_p", top_p)
+        check(0 < min(top_p) and max(top_p) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+
+        guided = any(scale != 1 for scale in cfg_scale)
+        if guided:  # the first half of every batch below is with the class, the second without
+            labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
+        head_dim = c.n_embd // c.n_head
+        rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
+        x = self.class_embedding(labels)[:, None]  # (B or 2B, 1, D), as every x below
+        trunk_caches = [x.new_empty(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
+        head_caches = [x.new_empty(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
         ids = labels.new_empty(B, c.k, c.grid**2)
-        labels = torch.cat([labels, torch.full_like(labels, c.num_classes)]) if guided else labels
-        x = self.class_embedding(labels)[:, None]  # (B, 1, D), guided (2B, 1, D); and so is every x below
-        rotary = rotary_table(c.grid, c.n_embd // c.n_head).to(x.device)  # float32; self.rotary is cast with the weights
-        caches = {block: x.new_empty(2, len(x), c.n_head, length, c.n_embd // c.n_head)
-                  for blocks, length in ((self.trunk, c.grid**2), (self.head, c.k)) for block in blocks}
-        with sampling(self, len(x)):
-            for p in range(c.grid**2):
-                for block in self.trunk:
-                    x = block(x, rotary=rotary[:, p:p + 1], cache=caches[block], at=p)
+
+        with packed_weights(self, len(labels)):
+            for position in range(c.grid**2):
+                # the trunk takes one step
+                for block, cache in zip(self.trunk, trunk_caches):
+                    x = block(x, rotary=rotary[:, position:position + 1], cache=cache, position=position)
+                trunk_output = x
+
+                # the head takes k, each given the code before it
                 embedded = []
                 for i in range(c.k):
-                    for block in self.head:
-                        x = block(x, rotary=rotary[:, i:i + 1], cache=caches[block], at=i)
-                    logits = self.outputs[i](self.norm(x))[:, 0].float()
+                    x = trunk_output if i == 0 or not self.head else embedded[-1]
+                    for block, cache in zip(self.head, head_caches):
+                        x = block(x, rotary=rotary[:, i:i + 1], cache=cache, position=i)
+                    logits = self.outputs[i](self.norm(x))[:, 0].float()  # (B or 2B, vocab_size)
                     if guided:
                         logits, null = logits.chunk(2)
-                        if knobs["cfg_scale"][i] > 1:
-                            logits = null + knobs["cfg_scale"][i] * (logits - null)
-                    ids[:, i, p] = sample(logits, knobs["temperature"][i], knobs["top_k"][i], knobs["top_p"][i], generator)
-                    x = self.token_embeddings[i](ids[:, i, p].repeat(1 + guided))[:, None]
-                    embedded.append(x)
-                x = self.aggregate(torch.cat(embedded, -1))
+                        if cfg_scale[i] != 1:
+                            logits = null + cfg_scale[i] * (logits - null)
+                    code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
+                    ids[:, i, position] = code
+                    embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
+
+                # the next input of the trunk
+                x = self.token_proj(torch.cat(embedded, -1))
         return ids.unflatten(2, (c.grid, c.grid))
 
+    def one_for_each_code(self, name, value):
+        """A sampling parameter, given as one number or k of them, as a list of k."""
+        k = self.config.k
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * k
+        check(len(values) == k, f"{name} has {len(values)} values; give one, or {k}, one for each code of a position")
+        check(all(0 <= v < 1e30 for v in values), f"{name} is {value}; it must be a finite number of at least 0")
+        return values
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """logits (B, V) -> ids (B,): temperature, then top-k, then top-p, which keeps the id that crosses p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / max(temperature, 1e-5)  # less would overflow
+    if 0 < top_k < logits.shape[-1]:
+        top, indices = logits.topk(int(top_k))  # exactly k of them, also where logits are equal
+        logits = torch.full_like(logits, -math.inf).scatter(-1, indices, top)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        p = ordered.softmax(-1)
+        p_before = p.cumsum(-1) - p
+        ordered = ordered.masked_fill(p_before > top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 @contextlib.contextmanager
-def sampling(model, rows):
+def packed_weights(model, rows):
     """
-    Eval mode while sampling. On a CPU, linear layers then use copies of their weights packed in oneDNN's own order, for about `rows` inputs at a
-    time: with so few the time goes into reading weights, and packed ones are read faster, up to twice in float32.
+    For sampling: eval mode; and on a CPU, copies of the linear layers' weights in oneDNN's own order, for
+    about `rows` inputs at a time. With so few the time goes into reading weights, and these are read up to
+    twice as fast. Where PyTorch lacks the (private) operators, the layers stay as they are.
     """
-    was_training, weight = model.training, model.trunk[0].attn.qkv.weight
-    packable = (rows and type(weight) is nn.Parameter and weight.device.type == "cpu"  # another type where --fsdp has sharded it
-                and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-                and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    layers = [m for m in model.modules() if packable and isinstance(m, nn.Linear) and "forward" not in vars(m)]  # else packed by the caller
+    was_training = model.training
+    model.eval()
+    weight = model.trunk[0].attn.qkv.weight
+    layers = []
+    if rows and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     try:
-        model.eval()
-        for layer in layers:
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-            layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=layer.bias, attr="none", scalars=[], algorithm="")
+        with contextlib.suppress(AttributeError, RuntimeError):  # no such operator, or not for this type
+            for layer in layers:
+                packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+                forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=layer.bias,
+                                            attr="none", scalars=[], algorithm="")
+                forward(weight.new_zeros(1, layer.in_features))
+                layer.forward = forward
         yield
     finally:
         model.train(was_training)
         for layer in layers:
             vars(layer).pop("forward", None)
 
-
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, V) -> one id each (B,). First temperature, then top-k, then top-p, which keeps the id that crosses p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / max(temperature, 1e-5)  # less would overflow
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(int(top_k)).values[:, -1:], -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p > top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
 # -----------------------------------------------------------------------------
-# Files: our checkpoints, published weights
-
+# Checkpoints: ours
 
 def load_tokenizer(path, device="cpu"):
-    """A trained FQGAN in eval mode: ours, or a published one of FQGAN's or LlamaGen's. UserError where the file holds none."""
-    return build(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
-
+    """A trained FQGAN in eval mode, from a file of ours, or one that FQGAN's or LlamaGen's authors published."""
+    return build_model(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
 
 def load_gpt(path, device="cpu", grid=None):
-    """A trained GPT in eval mode: ours, FAR's or LlamaGen's (class-conditional). grid: positions a side, for files that do not say theirs (else 16)."""
-    return build(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device, grid=grid or 16)
-
+    """A trained GPT in eval mode: ours, FAR's or LlamaGen's. grid: for files that do not store it."""
+    return build_model(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device, grid=grid or 16)
 
 def load_checkpoint(path, kind):
-    """
-    The dict that train_tokenizer.save_checkpoint wrote; of a published file, its `config` and `model` under our names.
-    Raises UserError for a file that is missing, damaged or not of `kind`.
-    """
-    require(Path(path).is_file(), f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
+    """The dict that train_tokenizer.py or train_gpt.py saved; of a published file its kind, config and model."""
+    check(Path(path).is_file(), f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one, of plain values
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's own text is pages long, and advises to load without weights_only
-        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else ({type(error).__name__})") from None
-    contents = contents if isinstance(contents, dict) else {}
+    except Exception:  # its message is pages long, and advises to load without weights_only
+        raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else") from None
+    if not isinstance(contents, dict):
+        contents = {}
     if "kind" not in contents:
-        contents = read_published(contents, path)
+        contents = published_checkpoint(contents, path)
     found = contents.get("kind")
-    require(found == kind, f"{path} is not a {kind} checkpoint" + (f" but a {found}'s" if isinstance(found, str) else ""))
-    plain = (int, float, str, list, tuple)  # a tensor may be without end
-    for part in (contents, contents.get("tokenizer", contents)):  # a GPT's file holds its tokenizer
-        config = part.get("config") if isinstance(part, dict) else None
-        require(isinstance(config, dict) and all(isinstance(value, plain) for value in config.values()),
-                f"{path}: weights and config do not fit this version (it has no config of plain values)")
+    other = f" but a {found}'s" if found else ""
+    check(found == kind, f"{path} is not a {kind} checkpoint{other}")
     return contents
 
-
-def build(model_class, config_class, state, path, device="cpu", **defaults):
-    """The model that a checkpoint's `config` (over `defaults`) and `ema` or `model` describe, in eval mode; `trained_on` is its run's --data."""
-    with explained(f"{path}: weights and config do not fit this version"):
-        config, weights = config_class(**defaults | state["config"]), state.get("ema") or state["model"]
-        blocks = sum(getattr(config, name, 0) for name in ("k", "n_layer", "head_layers", "adapter_depth", "res_blocks"))
-        require(blocks <= len(weights), f"{path}: its config describes more blocks than it has weights")
-        with torch.device("meta"):  # a file with absurd sizes is refused before they take memory
+def build_model(model_class, config_class, state, path, device="cpu", **defaults):
+    """A checkpoint's model (its moving average, if any) in eval mode; `trained_on` is its run's --data."""
+    try:
+        config = state["config"]
+        is_plain = config and all(isinstance(value, (int, float, str, list, tuple)) for value in config.values())
+        check(is_plain, "it has no config of plain values")
+        config = config_class(**defaults | config)
+        weights = state.get("ema") or state["model"]
+        sizes = ("k", "n_layer", "head_layers", "adapter_depth", "res_blocks")
+        num_blocks = sum(getattr(config, name, 0) for name in sizes)
+        check(num_blocks <= len(weights), "its config describes more blocks than it has weights")
+        with torch.device("meta"):  # absurd sizes are refused before they take memory
             model_class(config).load_state_dict(weights, assign=True)
         model = model_class(config)
         model.load_state_dict(weights)
         model.trained_on = state.get("settings", {}).get("data")
+    except Exception as error:
+        raise UserError(f"{path} does not fit this version of the code: weights and config disagree, or it was written "
+                        f"by an older version ({one_line(error)})") from None
     return model.to(device).eval()
 
-
-def fetch(url, digest, local=None):
-    """
-    The path of a published file: `local` if given; else its copy in torch.hub's cache, downloaded if it is not there whole.
-    digest: the file's SHA-256 or the beginning of it. Raises UserError where the file cannot be had.
-    """
+def fetch(url, sha256, local=None):
+    """The path of `local`, or of a copy in torch.hub's cache, downloaded unless its SHA-256 begins as given."""
     if local:
-        require(Path(local).is_file(), f"no file at {local}; what belongs there is {url}")
+        check(Path(local).is_file(), f"no file at {local}; what belongs there is {url}")
         return Path(local)
     path = Path(torch.hub.get_dir()) / "checkpoints" / "-".join(url.split("/")[-2:])
     if path.is_file():
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest().startswith(digest):
+            if hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
                 return path
-    with explained(f"{url} cannot be downloaded", f"; put it at {path}"):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digest)  # under another name until it is whole and its digest is this one
+        torch.hub.download_url_to_file(url, str(path), sha256)  # under another name until its digest is right
+    except Exception as error:
+        raise UserError(f"{url} cannot be downloaded ({one_line(error)}); put it at {path}") from None
     return path
 
+def load_weights(module, path, pattern="(.+)"):
+    """Loads a file's tensors whose names fit the pattern; its groups make up their names in `module`."""
+    try:
+        state = {}
+        for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+            if match := re.fullmatch(pattern, name):
+                state[".".join(match.groups())] = tensor
+        module.load_state_dict(state)
+    except Exception as error:
+        raise UserError(f"{path} does not hold the weights that belong there ({one_line(error)})") from None
 
-def read_weights(module, path, names="(.+)"):
-    """Loads a state dict from a file into `module`: the tensors whose whole name fits the pattern `names`, called by its groups."""
-    with explained(f"{path} does not hold the weights that belong there"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        matches = ((re.fullmatch(names, name), tensor) for name, tensor in state.items())
-        module.load_state_dict({".".join(match.groups()): tensor for match, tensor in matches if match})
+# -----------------------------------------------------------------------------
+# Checkpoints: published ones. Each table gives pieces of the published names, and ours.
 
+VIT_NAMES = {  # branches.0.adapter.transformer.3.attn.in_proj_weight -> branches.0.adapter.blocks.3.attn.qkv.weight
+    "positional_embedding": "pos_embed",
+    "transformer.resblocks.": "blocks.",  # CLIP
+    "transformer.": "blocks.",
+    "ln_pre.": "norm_pre.",
+    "ln_post.": "norm_post.",
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+    "attn.in_proj_": "attn.qkv.",
+    "attn.out_proj.": "attn.proj.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+}
+TOKENIZER_NAMES = {  # encoder.conv_blocks.2.res.0.nin_shortcut.weight -> encoder.stages.2.res.0.shortcut.weight
+    "conv_blocks.": "stages.",
+    "nin_shortcut.": "shortcut.",
+    "downsample.": "resample.",
+    "upsample.": "resample.",
+    "proj_out.": "attn.proj.",
+}
+BRANCH_NAMES = [  # FQGAN-Triple, FQGAN-Dual, LlamaGen: a branch's ending, its adapter, its feature head
+    [("_vis", "visual_head", None), ("_sem_mid", "semantic_head_mid", "mid_sem_feat_pred"),
+     ("_sem_high", "semantic_head_high", "high_sem_feat_pred")],
+    [("_vis", "visual_head", None), ("_sem", "semantic_head", "feat_pred_head")],
+    [("", None, None)],
+]
+GPT_NAMES = {  # layers.7.feed_forward.w1.weight -> trunk.7.mlp.w1.weight
+    "cls_embedding.embedding_table.": "class_embedding.",
+    "aggregation_layer.": "token_proj.",
+    "layers.": "trunk.",
+    "ar_head.": "head.",
+    "attention.wqkv.": "attn.qkv.",
+    "attention.wo.": "attn.proj.",
+    "feed_forward.": "mlp.",
+    "attention_norm.": "norm1.",
+    "ffn_norm.": "norm2.",
+}
 
-# Names in the files of FQGAN, FAR, LlamaGen and CLIP, and ours. Pattern: replacement, applied one after the other.
-
-BLOCK_NAMES = {r"ln_(\d)": r"norm\1", r"attn\.in_proj_": "attn.qkv.", r"attn\.out_proj": "attn.proj", r"mlp\.c_fc": "mlp.fc1", r"mlp\.c_proj": "mlp.fc2",
-               "ln_p": "norm_p", "positional_embedding": "positions", r"transformer\.(resblocks\.)?": "blocks."}
-TOKENIZER_NAMES = {r"conv_blocks\.": "levels.", "nin_shortcut": "shortcut", r"(down|up)sample\.": "resample.", r"proj_out\.": "attn.proj."}
-GPT_NAMES = {
-    r"^tok_embeddings(?:_(\d))?\.": lambda m: f"token_embeddings.{int(m[1] or 1) - 1}.", r"^output(?:_(\d))?\.": lambda m: f"outputs.{int(m[1] or 1) - 1}.",
-    r"^cls_embedding\.embedding_table": "class_embedding", "^aggregation_layer": "aggregate", r"^layers\.": "trunk.", r"^ar_head\.": "head.",
-    r"attention\.wqkv": "attn.qkv", r"attention\.wo": "attn.proj", r"feed_forward\.": "mlp.", "attention_norm": "norm1", "ffn_norm": "norm2"}
-
-
-def rename(state, names):
-    for pattern, replacement in names.items():
-        state = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
-    return state
-
+def rename(state, prefixes, pieces):
+    """A state dict under our names: the first prefix that fits is replaced, then all pieces in turn."""
+    renamed = {}
+    for name, tensor in state.items():
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        name = prefixes.get(prefix, "") + name.removeprefix(prefix)
+        for published, ours in pieces.items():
+            name = name.replace(published, ours)
+        renamed[name] = tensor
+    return renamed
 
 def count(state, pattern):
-    """One more than the highest number that a name of the state dict has where the pattern says; 0 for none."""
-    return 1 + max((int(m[1]) for m in (re.match(pattern, name) for name in state) if m), default=-1)
+    """How many numbers, from 0 on, the names of a state dict have in the place of the pattern's group."""
+    matches = [re.match(pattern, name) for name in state]
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
 
-
-def read_published(contents, path):
-    """
-    {"kind", "config", "model"} of a file as FQGAN's or LlamaGen's authors publish it, told by its keys; {} of any other.
-    The moving average of the weights is taken where there is one. Raises UserError for a file that is nearly one.
-    """
-    state = next((contents[n] for n in ("ema", "model", "module", "state_dict") if isinstance(contents.get(n), dict) and contents[n]), contents)
-    with explained(f"{path} looks like a published checkpoint, but cannot be used"):
-        state = {n: t for n, t in state.items() if isinstance(t, torch.Tensor) and not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", n)}
-        require("cls_embedding.cap_proj.fc1.weight" not in state, f"{path} is a text-conditional GPT; only class-conditional ones are supported")
-        if "encoder.conv_in.weight" in state and "post_quant_conv.weight" in state:
-            return published_tokenizer(state)
-        if "cls_embedding.embedding_table.weight" in state:
-            return published_gpt(state, contents.get("args"))
+def published_checkpoint(contents, path):
+    """{"kind", "config", "model"} of a file as FQGAN's or LlamaGen's authors publish it; {} of any other."""
+    state = contents
+    for name in ("state_dict", "module", "model", "ema"):  # the last that is there
+        if isinstance(contents.get(name), dict):
+            state = contents[name]
+    weights = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))  # prefixes of DDP and torch.compile
+        if not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", name):
+            weights[name] = tensor
+    check("cls_embedding.cap_proj.fc1.weight" not in weights,
+          f"{path} is a text-conditional GPT; only class-conditional ones are supported")
+    try:
+        if "encoder.conv_in.weight" in weights and "post_quant_conv.weight" in weights:
+            return published_tokenizer(weights)
+        if "cls_embedding.embedding_table.weight" in weights:
+            return published_gpt(weights, contents.get("args"))
+    except Exception as error:
+        raise UserError(f"{path} looks like a published checkpoint, but cannot be used ({one_line(error)})") from None
     return {}
 
-
 def published_tokenizer(state):
-    names = TOKENIZER_NAMES | BLOCK_NAMES
-    parts = [("(?:_vis)?", "visual_head", None),  # of each sub-codebook, whatever k: how its names end, its adapter, its feature head
-             ("_sem(?:_mid)?", "semantic_head(?:_mid)?", "(?:feat_pred_head|mid_sem_feat_pred)"),
-             ("_sem_high", "semantic_head_high", "high_sem_feat_pred")]
-    for i, (ending, adapter, head) in enumerate(parts):
-        names |= {rf"^encoder\.{adapter}\.0\.": f"branches.{i}.adapter.", rf"^encoder\.(norm|conv)_out{ending}\.": rf"branches.{i}.\1_out.",
-                  rf"^quant_conv{ending}\.": f"branches.{i}.quant_conv.", rf"^quantize{ending}\.embedding\.weight": f"branches.{i}.quantizer.codebook"}
-        if head:
-            names |= {rf"^{head}\.upscale\.": f"branches.{i}.head.stem.", rf"^{head}\.": f"branches.{i}.head."}
-    state = rename(state, names)
-    for name in [n for n in state if re.search(r"\.q\.(weight|bias)$", n)]:  # three 1x1 convolutions are one linear layer
-        place, kind = name.split(".q.")
-        state[f"{place}.attn.qkv.{kind}"] = torch.cat([state.pop(f"{place}.{part}.{kind}") for part in "qkv"])
-    state = {n: t.flatten(1) if t.ndim == 4 and ".attn." in n else t for n, t in state.items()}
+    for branches in BRANCH_NAMES:
+        if f"quantize{branches[-1][0]}.embedding.weight" in state:
+            break
+    prefixes = {}
+    for i, (ending, adapter, feature_head) in enumerate(branches):
+        prefixes |= {
+            f"encoder.{adapter}.0.": f"branches.{i}.adapter.",
+            f"encoder.norm_out{ending}.": f"branches.{i}.norm_out.",
+            f"encoder.conv_out{ending}.": f"branches.{i}.conv_out.",
+            f"quant_conv{ending}.": f"branches.{i}.quant_conv.",
+            f"quantize{ending}.embedding.weight": f"branches.{i}.quantizer.codebook",
+            f"{feature_head}.upscale.": f"branches.{i}.feature_head.proj_in.",
+            f"{feature_head}.": f"branches.{i}.feature_head.",
+        }
+    state = rename(state, prefixes, VIT_NAMES | TOKENIZER_NAMES)
 
-    k, levels, channels = count(state, r"branches\.(\d+)"), count(state, r"encoder\.levels\.(\d+)"), len(state["encoder.conv_in.weight"])
+    # AttnBlock: the 1x1 convolutions q, k, v are one linear layer here
+    for name in [name for name in state if re.search(r"\.q\.(weight|bias)$", name)]:
+        block, _, kind = name.rsplit(".", 2)
+        qkv = [state.pop(f"{block}.{part}.{kind}") for part in "qkv"]
+        state[f"{block}.attn.qkv.{kind}"] = torch.cat(qkv)
+    for name, tensor in state.items():
+        if ".attn." in name and tensor.ndim == 4:
+            state[name] = tensor.flatten(1)
+
+    # the config, read off names and shapes
+    num_stages = count(state, r"encoder\.stages\.(\d+)")
+    channels = len(state["encoder.conv_in.weight"])
+    codebook_size, codebook_dim = state["branches.0.quantizer.codebook"].shape
+    stage_channels = [len(state[f"encoder.stages.{i}.res.0.conv1.weight"]) for i in range(num_stages)]
+    head_names = sorted(name for name in state if name.endswith("feature_head.pos_embed"))
     config = dict(
-        k=k, downsample=2 ** (levels - 1), channels=channels, z_channels=len(state["post_quant_conv.weight"]),
-        res_blocks=count(state, r"encoder\.levels\.0\.res\.(\d+)"),
-        channel_mult=tuple(len(state[f"encoder.levels.{i}.res.0.conv1.weight"]) // channels for i in range(levels)),
+        k=len(branches), codebook_size=codebook_size, codebook_dim=codebook_dim, downsample=2 ** (num_stages - 1),
+        channels=channels, channel_mult=tuple(c // channels for c in stage_channels),
+        res_blocks=count(state, r"encoder\.stages\.0\.res\.(\d+)"),
+        z_channels=len(state["post_quant_conv.weight"]),
         adapter_depth=count(state, r"branches\.0\.adapter\.blocks\.(\d+)"),
-        teacher_widths=tuple(state[n].shape[1] for n in (f"branches.{i}.head.positions" for i in range(k)) if n in state))
-    config["codebook_size"], config["codebook_dim"] = state["branches.0.quantizer.codebook"].shape
+        teacher_widths=tuple(state[name].shape[1] for name in head_names))
     if config["adapter_depth"]:
-        positions, config["adapter_width"] = state["branches.0.adapter.positions"].shape
-        config["image_size"] = math.isqrt(positions) * config["downsample"]
+        num_positions, config["adapter_width"] = state["branches.0.adapter.pos_embed"].shape
+        config["image_size"] = math.isqrt(num_positions) * config["downsample"]
     return {"kind": "tokenizer", "config": config, "model": state}
 
-
 def published_gpt(state, args):
-    state = rename(state, GPT_NAMES)
-    classes, width = state["class_embedding.weight"].shape
-    config = dict(k=count(state, r"token_embeddings\.(\d+)"), vocab_size=len(state["outputs.0.weight"]), num_classes=classes - 1, n_embd=width,
-                  n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"),
-                  n_head=32 if width == 3200 else width // 64)  # LlamaGen-3B's heads have 100 numbers, all others' 64
+    k = max(1, count(state, r"tok_embeddings_(\d+)") - 1)
+    prefixes = {}
+    for i in range(k):
+        ending = f"_{i + 1}" if k > 1 else ""
+        prefixes[f"tok_embeddings{ending}."] = f"token_embeddings.{i}."
+        prefixes[f"output{ending}."] = f"outputs.{i}."
+    state = rename(state, prefixes, GPT_NAMES)
+    num_rows, width = state["class_embedding.weight"].shape
+    config = dict(
+        k=k, vocab_size=len(state["outputs.0.weight"]), num_classes=num_rows - 1, n_embd=width,
+        n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"),
+        n_head=32 if width == 3200 else width // 64)  # LlamaGen-3B's heads have 100 channels, all others' 64
     if hasattr(args, "downsample_size"):
         config["grid"] = int(args.image_size) // int(args.downsample_size)
     return {"kind": "gpt", "config": config, "model": state}
 
-
 def clip_weights(state):
-    state = {n.removeprefix("visual."): t for n, t in state.items() if n.startswith("visual.") and n != "visual.proj" and "ln_post" not in n}
+    """The vision half of CLIP's state dict under Teacher's names. visual.conv1.weight -> patch_embed.weight"""
+    unused = ("visual.proj", "visual.ln_post.weight", "visual.ln_post.bias")
+    state = {n: t for n, t in state.items() if n.startswith("visual.") and n not in unused}
+    state = rename(state, {"visual.conv1.": "patch_embed.", "visual.": ""}, VIT_NAMES)
     state["class_embedding"] = state["class_embedding"][None]
-    return rename(state, {"^conv1": "patch"} | BLOCK_NAMES)
-
+    return state
 
 def dinov2_weights(state):
-    state = rename(state, {r"patch_embed\.proj": "patch", r"^norm\.": "norm_post.", r"ls1\.gamma": "attn.proj.scale", r"ls2\.gamma": "mlp.fc2.scale"})
-    for name in [n for n in state if n.endswith(".scale")]:  # of a branch's output: as well put into the weights of its last layer
-        layer, scale = name.removesuffix(".scale"), state.pop(name)
-        state |= {f"{layer}.weight": scale[:, None] * state[f"{layer}.weight"], f"{layer}.bias": scale * state[f"{layer}.bias"]}
-    first, table = state.pop("pos_embed")[0].split([1, 37**2])
-    table = table.T.unflatten(1, (37, 37))[None]  # to 16x16, by a scale that is 0.1 off, as DINOv2's own code does it
-    table = F.interpolate(table, scale_factor=(16 + 0.1) / 37, mode="bicubic")[0].flatten(1).T
+    """DINOv2's state dict under Teacher's names. patch_embed.proj.weight -> patch_embed.weight"""
+    names = {"norm.": "norm_post.", "patch_embed.proj.": "patch_embed.", "cls_token": "class_embedding"}
+    state = rename(state, names, {})
     del state["mask_token"]
-    return state | {"positions": torch.cat([first, table]), "class_embedding": state.pop("cls_token")[0]}
+    state["class_embedding"] = state["class_embedding"][0]
+
+    # LayerScale multiplies the output of attention or MLP: put it into the weights of their last layers
+    for name in [name for name in state if name.endswith(".gamma")]:
+        block, scale_name, _ = name.rsplit(".", 2)
+        layer = f"{block}.attn.proj" if scale_name == "ls1" else f"{block}.mlp.fc2"
+        scale = state.pop(name)
+        state[f"{layer}.weight"] = scale[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = scale * state[f"{layer}.bias"]
+
+    # positions, from 37x37 to 16x16 with a scale that is 0.1 off, as in DINOv2's own code
+    first, table = state["pos_embed"][0].split([1, 37**2])
+    table = table.T.unflatten(1, (37, 37))[None]  # (1, width, 37, 37)
+    table = F.interpolate(table, scale_factor=(16 + 0.1) / 37, mode="bicubic")[0].flatten(1).T
+    state["pos_embed"] = torch.cat([first, table])
+    return state
+
+# -----------------------------------------------------------------------------
+# Running: what the scripts share. The models end here.
+
+def cli(main):
+    """Runs a script's main(): what the user can correct becomes one line and exit code 1, Ctrl-C 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # for paths that the terminal cannot print
+    try:
+        main()
+        if dist.is_initialized():
+            barrier()
+            dist.destroy_process_group()
+        return
+    except UserError as error:
+        lines = str(error).strip().splitlines()  # from a loader process, with a traceback before the message
+        message = lines[-1].removeprefix("fqgan.UserError: ")
+    except torch.OutOfMemoryError as error:
+        message = (f"out of memory ({one_line(error)}): give a smaller --batch-size, or in training a larger "
+                   "--accumulate (a tokenizer also takes --recompute)")
+    except OSError as error:  # a full disk, a read-only folder, ...
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")  # outside of `except`, which would keep the loaders alive
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+def int_tuple(text):
+    return tuple(int(n) for n in text.split(",") if n)
+
+def parse_flags(doc, presets, *config_classes):
+    """Reads --preset and a flag for each field made by flag() -> (defaults, preset's values, given flags)."""
+    parser = Parser(doc)
+    parser.argument_default = argparse.SUPPRESS  # flags that are not given are left out
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=presets, help=f"values of flags that are not given (default: {first})")
+    defaults = {}
+    for f in sum(map(fields, config_classes), ()):
+        if not f.metadata:
+            continue
+        defaults[f.name] = f.default
+        shown = f"default: {f.default}"
+        for preset, values in presets.items():
+            if f.name in values:
+                shown += f"; {preset}: {values[f.name]}"
+        help = f"{f.metadata['help']} ({shown})".replace("%", "%%")
+        kind = {"type": f.type if f.type in (int, float, str) else int_tuple}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
+    flags = vars(parser.parse_args())
+    return defaults, presets[flags.get("preset", first)], flags
+
+def pick(config_class, settings):
+    """A config filled from a dict that holds more."""
+    return config_class(**{f.name: settings[f.name] for f in fields(config_class) if f.name in settings})
+
+def resumed_settings(checkpoint, path, defaults, flags, fixed):
+    """A resumed run's settings: the checkpoint's, and over them flags that do not change the `fixed` ones."""
+    saved = checkpoint.get("settings")
+    check(saved, f"{path} holds weights, not a run: it cannot be resumed")
+    for name in fixed & flags.keys():
+        check(flags[name] == saved.get(name),
+              f"--{name.replace('_', '-')} differs from the run in {path}: leave it out, or give another --out")
+    return {**defaults, **saved, "overwrite": False, **flags}
+
+def check_settings(settings):
+    """Refuses numbers that no training run can have."""
+    at_least = dict(steps=1, batch_size=1, accumulate=1, log_every=1, eval_every=1, eval_images=1, warmup=0, workers=0,
+                    lr=0, disc_lr=0, final_lr=0, grad_clip=0, ema=0, seed=0)
+    for name, low in at_least.items():
+        value = settings.get(name, low)
+        high = 1 if name == "ema" else math.inf
+        check(low <= value < high, f"--{name.replace('_', '-')} is {value}; it must be in [{low}, {high})")
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def init_distributed(device="auto", seed=0):
+    """Every script's start -> the device. Under torchrun, joins the process group (nccl on GPUs, else gloo)."""
+    if device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not usable here ({one_line(error)})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        check(not missing, f"WORLD_SIZE is set without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE")
+        check(int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]), "RANK must be below WORLD_SIZE: use torchrun")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
+    torch.manual_seed(seed % 2**63)
+    return device
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+def all_reduce(tensor):
+    """Adds up a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+def gather(item):
+    """What each rank gives, as a list on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return [item]
+    items = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(item, items)
+    return items or []
+
+@contextlib.contextmanager
+def rank0_first():
+    """One process of each machine goes first through the block: it downloads what the others then find."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
+        barrier()
+    try:
+        yield
+    finally:
+        if is_first:
+            barrier()
+
+def print0(*words):
+    """Prints on rank 0. A run goes on without its output when that fails: a closed pipe, a full disk."""
+    if rank() == 0:
+        try:
+            print(*words, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def step_seed(seed, step, rank):
+    """The seed of a step's random numbers, whose state no checkpoint need hold."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+def leave_signals_to_main(worker_id):
+    """For loader processes, which get the same signals: they work on while the main one ends its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: signal.alarm(120))  # end two minutes later
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+def pick_dtype(name, device):
+    """A dtype by name; "auto": bfloat16 where the hardware has it (emulated it is several times slower)."""
+    check(name == "auto" or name in DTYPES, f"--dtype {name}: choose {', '.join(DTYPES)} or auto")
+    if name != "auto":
+        return DTYPES[name]
+    has_bf16 = False
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        has_bf16 = features.get("avx512_bf16") or features.get("amx_bf16")
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path`, which takes its place when the block ends: whole or not there."""
+    tmp = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+def save_checkpoint(path, contents):
+    try:
+        with atomic_write(path) as tmp, open(tmp, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {one_line(error)}; the last checkpoint is kept") from None
+
+def read_log(path, last_step):
+    """A log's rows up to a step, dicts of text. What is no row, as a power cut may leave, is dropped."""
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    rows = []
+    for row in csv.DictReader(line for line in text.replace("\0", "").splitlines() if len(line) < 10_000):
+        step = str(row.get("step"))
+        if step.isdecimal() and int(step) <= last_step and None not in row:
+            rows.append({name: value for name, value in row.items() if value})
+    return rows
+
+def write_log(path, rows):
+    """Writes all rows, dicts of numbers: columns may come and go. Where that fails, the run goes on."""
+    columns = {}
+    for row in rows:
+        columns |= row  # in the order in which they first occur
+    try:
+        with atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for row in rows:
+                values = [row.get(name) for name in columns]
+                writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values)
+    except OSError as error:
+        print0(f"{path} cannot be written: {one_line(error)}")
+
+def fixed_sample(n):
+    """range(n) in a random order, since folders come class by class, that is always the same."""
+    return np.random.default_rng(0).permutation(n).tolist()
+
+def rank_batches(total, batch_size):
+    """This rank's share of range(total), in ranges: all ranks together have each number once."""
+    batches = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+    return batches[rank()::world_size()]
+
+def data_parts(name, image_size):
+    """(training part, held-out part) of load_data"""
+    with rank0_first():
+        train, held_out = [load_data(name, image_size, part) for part in (True, False)]
+    check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
+          f"--data {name}: the classes of its two parts differ")
+    return train, held_out
+
+def data_name(given, model, path):
+    """The --data that is given, or what the model loaded from `path` was trained on."""
+    check(given or model.trained_on, f"{path} does not say what it was trained on: name the images with --data")
+    return given or model.trained_on
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+def psnr(images, others):
+    """(B,3,H,W) in [-1,1] twice -> (B,) peak signal-to-noise ratio in dB, of the images in 8 bits"""
+    difference = to_uint8(images).float() - to_uint8(others).float()
+    error = difference.square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / error.clamp(min=1e-4))
+
+def code_usage(counts):
+    """counts (..., V) of the choices of each code -> (share of codes chosen at all, perplexity), each (...)"""
+    counts = counts.cpu().double()  # not every device has float64
+    p = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()
+
+def save_grid(path, rows, tile=96):
+    """Draws rows of (label, images (n,3,H,W) in [-1,1]), enlarged by a whole factor to `tile` pixels or more."""
+    height, width = rows[0][1].shape[2:]
+    zoom = max(1, math.ceil(tile / width))
+    height *= zoom
+    width *= zoom
+    font = ImageFont.load_default(14)
+    left = 16 + math.ceil(max(font.getlength(label) for label, _ in rows))
+    columns = max(len(images) for _, images in rows)
+    sheet = Image.new("RGB", (left + columns * (width + 4), 4 + len(rows) * (height + 4)), "white")
+    for i, (label, images) in enumerate(rows):
+        top = 4 + i * (height + 4)
+        ImageDraw.Draw(sheet).text((left - 10, top + height // 2), label, fill="black", font=font, anchor="rm")
+        for j, image in enumerate(to_uint8(images).cpu()):
+            enlarged = TF.to_pil_image(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left + j * (width + 4), top))
+    sheet.save(path)
+
+@torch.no_grad()
+def reconstruction_rows(tokenizer, images):
+    """For save_grid: images, reconstructions, those by each sub-codebook alone, and those without it."""
+    k = tokenizer.config.k
+    ids = tokenizer.encode(images)
+    rows = [("original", images), ("reconstruction", tokenizer.decode(ids))]
+    if k > 1:
+        for i in range(k):
+            rows.append((f"codebook {i + 1} alone", tokenizer.decode(ids, only=[i])))
+    if k > 2:
+        for i in range(k):
+            others = set(range(k)) - {i}
+            rows.append((f"without {i + 1}", tokenizer.decode(ids, only=others)))
+    return rows
+
+def numbers(text):
+    """"2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position"""
+    values = [int(word) if word.isdecimal() else float(word) for word in text.split(",")]
+    return values[0] if len(values) == 1 else values
+
+def add_sampling_flags(parser):
+    for name, kind, default, help in (
+        ("--cfg-scale", numbers, 1.5, "guidance; 1 for none"),
+        ("--temperature", numbers, 1.0, "below 1 likelier codes, 0 the likeliest"),
+        ("--top-k", numbers, 0, "sample from the k likeliest codes only; 0: from all"),
+        ("--top-p", numbers, 1.0, "sample from the likeliest codes that make up p"),
+        ("--seed", int, 0, "another seed, other samples"),
+        ("--batch-size", int, 64, "images at a time"),
+        ("--device", str, "auto", "cuda, mps, cpu, ...; auto: the best there is"),
+        ("--dtype", str, "auto", "of the GPT: float32, bfloat16; auto: bfloat16 where the hardware has it"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=f"{help} (default: {default})")
+
+def class_indices(text, names):
+    """"0,3" or "star,moon" -> class numbers. Names go before numbers; quotes protect commas in names."""
+    picked = []
+    for word in next(csv.reader([text], skipinitialspace=True)):
+        word = word.strip()
+        index = int(word) if word.isdecimal() else -1
+        if word in names:
+            index = names.index(word)
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        check(0 <= index < len(names), f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {shown}")
+        picked.append(index)
+    if any(name.isdecimal() for name in names):
+        print0(f"--classes: names that are numbers go before numbers; taken are {', '.join(names[i] for i in picked)}")
+    return picked
+
+def load_generator(path, tokenizer_path=None, device="cpu", grid=None):
+    """(GPT, tokenizer, class names). A GPT's checkpoint holds its tokenizer; tokenizer_path replaces it."""
+    state = load_checkpoint(path, "gpt")
+    check(tokenizer_path or "tokenizer" in state, f"{path} holds no tokenizer: name it with --tokenizer")
+    gpt = build_model(GPT, GPTConfig, state, path, device, grid=grid or 16)
+    if tokenizer_path:
+        tokenizer = load_tokenizer(tokenizer_path, device)
+    else:
+        tokenizer = build_model(FQGAN, FQGANConfig, state["tokenizer"], path, device)
+    g = gpt.config
+    t = tokenizer.config
+    source = tokenizer_path or path
+    check(g.k == t.k, f"{path} was trained for k {g.k}, the tokenizer in {source} has k {t.k}")
+    check(g.vocab_size == t.codebook_size,
+          f"{path} was trained for {g.vocab_size} codes, the tokenizer in {source} has {t.codebook_size}")
+    return gpt, tokenizer, state.get("classes") or [str(i) for i in range(g.num_classes)]
+
+def generate_images(gpt, tokenizer, labels, batches, options):
+    """Yields (batch, images (B,3,H,W), about [-1,1]) for each of `batches`, ranges of places in `labels`."""
+    device = gpt.rotary.device
+    gpt = gpt.to(pick_dtype(options.dtype, device))  # the decoder stays in float32
+    for batch in batches:
+        # a random state of its own: whichever process makes the batch, its images are the same
+        generator = torch.Generator(device).manual_seed((options.seed * 1_000_003 + batch.start) % 2**63)
+        ids = gpt.generate(labels[batch.start:batch.stop].to(device), options.cfg_scale, options.temperature,
+                           options.top_k, options.top_p, generator)
+        yield batch, tokenizer.decode(ids)

@@ -1,226 +1,402 @@
 """
-Trains the factorized GPT on a tokenizer's codes into out/gpt.pt; beside it out/samples.png, and out/gpt_log.csv with its curves in out/gpt_log.png.
-The images are encoded once, into out/tokens_train.npy and out/tokens_val.npy.
+Trains the factorized GPT on a tokenizer's codes into out/gpt.pt; beside it out/samples.png, to look at, and
+out/gpt_log.csv. The images are encoded once, into out/tokens_train.npy and out/tokens_val.npy.
 
-$ python train_gpt.py                                                    # after `python train_tokenizer.py --k 3`
-$ torchrun --nproc-per-node=8 train_gpt.py --tokenizer out/tokenizer.pt --data imagenet/ --preset far-b --crops 10
+$ python train_gpt.py                                                   # after `python train_tokenizer.py --k 3`
+$ torchrun --nproc-per-node=8 train_gpt.py --data imagenet/ --preset far-b --crops 10
 """
 
 import copy
 import hashlib
 import json
 import math
-import os
 import random
+import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 
-from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, build, explained, flag, load_tokenizer, require
-from train_tokenizer import Run, TrainConfig, cli, data_name, duration, load_parts, parse, per_code, pick, save_grid, write_json
+from fqgan import (
+    FQGAN, FQGANConfig, GPT, GPTConfig, UserError, all_reduce, autocast, barrier,
+    build_model, check, check_settings, cli, data_name, data_parts, duration, fixed_sample,
+    flag, init_distributed, leave_signals_to_main, load_checkpoint, load_tokenizer,
+    one_line, parse_flags, pick, pick_dtype, print0, rank, read_log, resumed_settings,
+    save_checkpoint, save_grid, step_seed, training_batches, world_size, write_log)
 
-# The far presets are the paper's recipe (sec. 4.1 and the official training script).
-FAR = dict(epochs=300.0, batch_size=256, lr=1e-4)
+# -----------------------------------------------------------------------------
+# Settings: the fields' defaults, over them a preset, over that the command line's flags
+
+# The far presets are the paper's recipe (section 4.1), which is the flags' defaults. The paper gives the learning rate
+# as 2e-4; the authors' script has 1e-4.
 PRESETS = {
-    "tiny": dict(n_layer=6, n_head=3, n_embd=192, head_layers=1, dropout=0.0, steps=1200, batch_size=32, lr=2e-3, warmup=100,
-                 final_lr=0.0, workers=0, eval_every=600),
-    "far-b": FAR,
-    "far-l": FAR | dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
+    "tiny": dict(
+        n_layer=6, n_head=3, n_embd=192, head_layers=1, dropout=0.0, steps=1200, batch_size=32, lr=2e-3, warmup=100,
+        final_lr=0.0, workers=0, eval_every=600),
+    "far-b": dict(),
+    "far-l": dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
 }
 
-
 @dataclass
-class TokenConfig:
+class TrainConfig:
+    """What a run needs besides its model."""
+
     tokenizer: str = flag("", "the tokenizer's checkpoint; empty: tokenizer.pt in --out")
-    crops: int = flag(1, "views of each training image: 1 (center), 2 (and its mirror image), 10 (five places, mirrored)")
+    data: str = flag("", "`shapes`, a folder, or a torchvision name; empty: the tokenizer's")
+    out: str = flag("out", "folder for checkpoint, token cache, gpt_log.csv and samples.png")
+    crops: int = flag(1, "views of each image: 1, 2 (and mirrored), 10 (5 places, mirrored)")
     cfg_scale: float = flag(1.5, "guidance of the sample pictures")
-    fsdp: bool = flag(False, "shard weights, gradients and optimizer state over the processes (FSDP2), for a GPT that does not fit one device")
+    steps: int = flag(1_501_368, "optimizer steps; 300 epochs of ImageNet are 1501368")
+    batch_size: int = flag(256, "images a step, over all processes")
+    accumulate: int = flag(1, "micro-batches that a step is computed in, to save memory")
+    lr: float = flag(2e-4, "learning rate")
+    warmup: int = flag(0, "steps over which the learning rate rises from 0")
+    final_lr: float = flag(1.0, "share of the learning rate that a cosine decay ends at")
+    weight_decay: float = flag(0.05, "weight decay of matrices")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
+    ema: float = flag(0.0, "decay of a moving average of the weights, used in their place")
+    seed: int = flag(0, "seed of weights, order of data, views and dropout")
+    device: str = flag("auto", "cuda, mps, cpu, ...; auto: the best there is")
+    dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 where it is fast")
+    compile: bool = flag(False, "compile the model")
+    workers: int = flag(8, "processes that load data; 0: none besides the main one")
+    log_every: int = flag(50, "steps between progress lines, the rows of gpt_log.csv")
+    eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint")
+    eval_images: int = flag(2000, "held-out images to evaluate on, at most")
+    keep: bool = flag(False, "keep every evaluation's checkpoint, as gpt_STEP.pt")
+    resume: bool = flag(False, "continue the run in --out exactly where it stopped")
+    overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
+# flags that a resumed run cannot change
+FIXED = {f.name for f in fields(GPTConfig)} | {"preset", "tokenizer", "ema"}
 
-class Tokens(torch.utils.data.Dataset):
+# -----------------------------------------------------------------------------
+# The token cache
+
+class Tokens(Dataset):
     """
-    The codes of a data set, one record an image: `label`, `ids` (crops, k, h, w) in the smallest integer type that
-    fits, and last `done`, which a record that is cut off lacks. Items are (ids (k,h,w) int64, label); of the crops, the
-    one that the draw of (index, draw) picks.
-
-    A .npy file, memory-mapped, with the fingerprint of the tokenizer and of the images' names in a .json beside it. Encoding that was cut
-    off goes on where it stopped; a file made with another tokenizer or other images is refused, or with `overwrite` made anew.
-    Under torchrun every rank encodes its share, into one file on a disk that all of them see.
+    The codes of a data set, a memory-mapped .npy file with a record an image: its label, and its ids (views, k, h, w).
+    Items are (ids (k,h,w) int64, label). An index may be a pair (index, epoch), which picks one of the views.
     """
 
-    def __init__(self, path, data, tokenizer, crops, run):
-        self.origin, c = data.origin, tokenizer.config
-        kind = np.dtype([("label", np.int32), ("ids", np.min_scalar_type(c.codebook_size - 1), (crops, c.k, c.grid, c.grid)), ("done", np.bool_)])
-        weights = hashlib.sha256()
-        for name, tensor in sorted(tokenizer.state_dict().items()):
-            weights.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        names = "\n".join(str(s[0]) for s in getattr(data.source, "samples", []))
-        made_of = {"tokenizer": weights.hexdigest(), "data": data.origin, "images": len(data), "image_size": c.image_size, "crops": crops,
-                   "names": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()}
-        note = path.with_suffix(".json")
-        if run.rank == 0:
-            try:
-                known = json.loads(note.read_text()) if path.is_file() else None
-            except (OSError, ValueError):  # none, or cut off while it was written
-                known = None
-            other = [n for n in made_of if known and known.get(n) != made_of[n]]
-            require(not other or run.overwrite, f"{path} was made with another {' and '.join(other)}: --overwrite encodes again, --out FOLDER leaves it alone")
-            if other or not known:
-                note.unlink(missing_ok=True)
-                np.lib.format.open_memmap(path, "w+", kind, (len(data),)).flush()
-                reserve(path)
-                write_json(note, made_of)
-        if run.world > 1:
-            dist.barrier()
-        whole = json.loads(note.read_text()).get("whole")
-        with explained(f"{path} cannot be read", ": delete it, and it is made anew"):
-            self.path, self.records = path, np.load(path, mmap_mode="r" if whole else "r+")  # r+ would fill up a file that was cut off
-        if not whole:
-            self.encode(data, tokenizer, crops, run)
-            missing = int((~self.records["done"]).sum())
-            require(not missing, f"{path}: {missing} images are not encoded: are all processes writing to one disk?")
-            if run.rank == 0:
-                write_json(note, made_of | {"whole": True})
+    def __init__(self, path, description):
+        self.path = path
+        self.description = description
+        try:
+            self.records = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}): delete it, and it is made again") from None
 
-    def __getstate__(self):  # a process that loads data maps the file itself
-        return vars(self) | {"records": None}
-
-    def __setstate__(self, state):
-        vars(self).update(state, records=np.load(state["path"], mmap_mode="r"))
-
-    @torch.no_grad()
-    def encode(self, data, tokenizer, crops, run):
-        share = np.array_split(np.arange(len(data)), run.world)[run.rank]  # ranks write to stretches of the file of their own
-        todo = share[~self.records["done"][share]].tolist()
-        if todo:
-            run.say(f"encoding {data.origin}: {len(todo) * run.world} of {len(data)} images x {crops}")
-        views, began = Views(data, crops), time.time()
-        size = max(1, min(64, run.batch_size // run.world) // crops)
-        batches = [todo[i:i + size] for i in range(0, len(todo), size)]
-        for n, (batch, (images, labels)) in enumerate(zip(batches, run.loader(views, batches))):
-            with run.autocast():
-                ids = tokenizer.encode(images.flatten(0, 1).to(run.device)).cpu().numpy()
-            self.records["ids"][batch] = ids.reshape(len(batch), crops, *ids.shape[1:])
-            self.records["label"][batch] = labels
-            self.records["done"][batch] = True
-            if (n + 1) % max(1, len(batches) // 10) == 0 and time.time() > began + 60:
-                self.records.flush()
-                run.say(f"encoded {n + 1} of {len(batches)} batches, {duration((time.time() - began) * (len(batches) / (n + 1) - 1))} left")
-        self.records.flush()
-        if run.world > 1:
-            dist.barrier()
+    def __reduce__(self):  # a loader process maps the file itself
+        return Tokens, (self.path, self.description)
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, index):
-        index, draw = index if isinstance(index, tuple) else (index, "")
+        index, epoch = index if isinstance(index, tuple) else (index, "")
         record = self.records[index]
-        view = random.Random(f"{index} {draw}").randrange(len(record["ids"])) if draw else 0
+        view = random.Random(f"{index} {epoch}").randrange(len(record["ids"])) if epoch else 0
         return torch.from_numpy(record["ids"][view].astype(np.int64)), int(record["label"])
 
+class Views(Dataset):
+    """Items are (all views of an image (views,3,H,W), label)."""
 
-def reserve(path):
-    """Takes the disk space that a file made by open_memmap will need: a full disk then is an OSError now, not the process's death later."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-class Views(torch.utils.data.Dataset):
-    """Items are (all the crops of an image (crops,3,H,W), label)."""
-
-    def __init__(self, data, crops):
-        self.data, self.crops = data, crops
+    def __init__(self, data, num_views):
+        self.data = data
+        self.num_views = num_views
 
     def __getitem__(self, index):
-        return self.data.crops(index, views=self.crops)
+        return self.data.views(index, self.num_views)
 
+def fingerprint(tokenizer, data, num_views):
+    """What a token cache depends on."""
+    digest = hashlib.sha256(f"{data.fingerprint()} {num_views}".encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 @torch.no_grad()
-def evaluate(model, tokens, run):
-    """Cross-entropy in nats per code, of each sub-codebook and their mean, on eval_images held-out images, in figures and in words."""
-    total = torch.zeros(model.config.k + 1, device=run.device)
-    for ids, labels in run.evaluation_batches(tokens):
-        with run.autocast():
-            logits, _ = model(ids, labels)
-        each = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(len(ids), model.config.k, -1)
-        total += torch.cat([each.mean(2).sum(0), total.new_tensor([len(ids)])])
-    if run.world > 1:
-        dist.all_reduce(total)
-    losses = total[:-1] / total[-1]
-    return ({"val_loss": float(losses.mean())} | per_code("val_loss", losses),
-            f"cross-entropy {losses.mean():.4f} nats a code, of the sub-codebooks {' '.join(f'{x:.3f}' for x in losses.tolist())}")
+def load_tokens(path, data, tokenizer, num_views, args, device):
+    """
+    The token cache at `path`, encoded first if it is not there: in float32, every rank its share, into a temporary file
+    that takes its name when it is whole. Raises UserError for a cache of another tokenizer or of other images.
+    """
+    meta = path.with_suffix(".json")
+    key = fingerprint(tokenizer, data, num_views)
+    is_there = path.exists() and meta.exists()
+    is_same = is_there and json.loads(meta.read_text()) == {"fingerprint": key}
+    check(is_same or not is_there or args.overwrite,
+          f"{path} was made with another tokenizer or other images: --overwrite encodes again, --out FOLDER leaves it")
+    barrier()  # all ranks have looked before one of them writes
+    if is_same:
+        return Tokens(path, data.description)
 
+    c = tokenizer.config
+    ids_type = np.min_scalar_type(c.codebook_size - 1)
+    record_type = np.dtype([("label", np.int32), ("ids", ids_type, (num_views, c.k, c.grid, c.grid))])
+    tmp = path.with_name(f".{path.name}.tmp")
+    if rank() == 0:
+        print0(f"encoding {data.description}: {len(data)} images x {num_views}")
+        meta.unlink(missing_ok=True)
+        np.lib.format.open_memmap(tmp, "w+", record_type, (len(data),))
+    barrier()
+    records = np.load(tmp, mmap_mode="r+")
+    shares = np.array_split(np.arange(len(data)), world_size())
+    indices = shares[rank()].tolist()
+    size = max(1, 64 // num_views)
+    batches = [indices[i:i + size] for i in range(0, len(indices), size)]
+    start_time = told = time.time()
+    loader = DataLoader(Views(data, num_views), batch_sampler=batches, num_workers=args.workers,
+                        worker_init_fn=leave_signals_to_main)
+    for i, (images, labels) in enumerate(loader):
+        ids = tokenizer.encode(images.flatten(0, 1).to(device))  # (batch * views, k, h, w)
+        records["ids"][batches[i]] = ids.unflatten(0, (-1, num_views)).cpu().numpy()
+        records["label"][batches[i]] = labels
+        if time.time() > told + 60:
+            told = time.time()
+            left = (told - start_time) * (len(batches) / (i + 1) - 1)
+            print0(f"encoded {i + 1} of {len(batches)} batches, {duration(left)} left")
+    records.flush()
+    barrier()
+    if rank() == 0:
+        tmp.replace(path)
+        meta.write_text(json.dumps({"fingerprint": key}))
+    barrier()
+    return Tokens(path, data.description)
 
-def save_samples(model, tokenizer, classes, cfg_scale, run, columns=8, most=10):
-    """A row of samples for each of the first `most` classes."""
-    if run.rank and not isinstance(model, FSDPModule):  # whose processes hold each other's weights
-        return
-    shown = range(min(most, len(classes)))
-    labels = torch.tensor([c for c in shown for _ in range(columns)], device=run.device)
-    ids = model.generate(labels, cfg_scale, generator=torch.Generator(run.device).manual_seed(run.seed % 2**63))
-    with torch.no_grad(), run.autocast():
-        images = torch.cat([tokenizer.decode(row) for row in ids.split(columns)])
-    if run.rank == 0:
-        save_grid(run.path.parent / "samples.png", [(classes[c], images[c * columns:(c + 1) * columns]) for c in shown])
+# -----------------------------------------------------------------------------
+# Evaluation
 
+@torch.no_grad()
+def evaluate(model, tokens, args, device):
+    """Cross-entropy of each sub-codebook's codes, in nats, on --eval-images of the held-out images: (k)."""
+    k = model.config.k
+    indices = fixed_sample(len(tokens))[:args.eval_images][rank()::world_size()]
+    size = max(1, args.batch_size // (args.accumulate * world_size()))
+    batches = [indices[i:i + size] for i in range(0, len(indices), size)]
+    total = torch.zeros(k + 1, device=device)  # sums of the k cross-entropies, number of images
+    for ids, labels in DataLoader(tokens, batch_sampler=batches):
+        ids = ids.to(device)
+        logits, _ = model(ids, labels.to(device))
+        losses = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(len(ids), k, -1)
+        total[:k] += losses.mean(2).sum(0)
+        total[k] += len(ids)
+    all_reduce(total)
+    return (total[:k] / total[k]).tolist()
+
+@torch.no_grad()
+def save_samples(path, model, tokenizer, classes, args, device):
+    """A row of eight samples for each of the first ten classes."""
+    num_rows = min(10, len(classes))
+    labels = torch.arange(num_rows, device=device).repeat_interleave(8)
+    generator = torch.Generator(device).manual_seed(args.seed % 2**63)
+    ids = model.generate(labels, args.cfg_scale, generator=generator)
+    rows = []
+    for name, row in zip(classes, ids.split(8)):
+        rows.append((name, tokenizer.decode(row)))
+    save_grid(path, rows)
+
+# -----------------------------------------------------------------------------
 
 def main():
-    settings, checkpoint = parse(__doc__, PRESETS, "gpt", GPTConfig, TrainConfig, TokenConfig)
-    require(settings["crops"] in (1, 2, 10), f"--crops {settings['crops']}: choose 1, 2 or 10")
-    require(0 <= settings["cfg_scale"] < math.inf, f"--cfg-scale {settings['cfg_scale']}: it must be a finite number of at least 0")
-    run = Run(settings, checkpoint, "gpt", log="gpt_log.csv")
-    require(run.world > 1 or not settings["fsdp"], "--fsdp shards the model over several processes: start them with torchrun, or add --no-fsdp")
-    if checkpoint:  # a GPT goes on with the tokenizer whose codes it speaks
-        tokenizer = build(FQGAN, FQGANConfig, checkpoint["tokenizer"], run.path, run.device)
+    # settings
+    defaults, preset, flags = parse_flags(__doc__, PRESETS, GPTConfig, TrainConfig)
+    settings = {**defaults, **preset, **flags}
+    path = Path(settings["out"]) / "gpt.pt"
+    state = None
+    if settings["resume"]:
+        state = load_checkpoint(path, "gpt")
+        settings = resumed_settings(state, path, defaults, flags, FIXED)
+    check(state or settings["overwrite"] or not path.exists(),
+          f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
+    check_settings(settings)
+    args = pick(TrainConfig, settings)
+    check(args.crops in (1, 2, 10), f"--crops {args.crops}: choose 1, 2 or 10")
+
+    # processes
+    device = init_distributed(args.device, args.seed)
+    dtype = pick_dtype(args.dtype, device)
+    num_micro_batches = world_size() * args.accumulate
+    check(args.batch_size % num_micro_batches == 0,
+          f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x "
+          f"--accumulate {args.accumulate}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    # tokenizer and its codes
+    if state:  # a run keeps the tokenizer whose codes it has learned
+        tokenizer = build_model(FQGAN, FQGANConfig, state["tokenizer"], path, device)
     else:
-        path = settings["tokenizer"] or run.path.parent / "tokenizer.pt"
-        tokenizer = load_tokenizer(path, run.device)
-        settings["data"] = data_name(settings["data"], tokenizer, path)
+        tokenizer_path = args.tokenizer or path.with_name("tokenizer.pt")
+        tokenizer = load_tokenizer(tokenizer_path, device)
+        args.data = settings["data"] = data_name(args.data, tokenizer, tokenizer_path)
     t = tokenizer.config
-    sources = load_parts(settings["data"], t.image_size)
-    classes = sources[0].classes
-    config = pick(GPTConfig, settings | dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes)))
+    train_data, val_data = data_parts(args.data, t.image_size)
+    classes = train_data.classes
+    settings |= dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes))
+    config = pick(GPTConfig, settings)
+    check(len(train_data) >= args.batch_size,
+          f"{train_data.description}: {len(train_data)} images are fewer than one batch; "
+          f"--batch-size {len(train_data)} or less would do")
+    train_tokens = load_tokens(path.with_name("tokens_train.npy"), train_data, tokenizer, args.crops, args, device)
+    val_tokens = load_tokens(path.with_name("tokens_val.npy"), val_data, tokenizer, 1, args, device)
 
-    model = GPT(config)
-    ema = copy.deepcopy(model).eval().requires_grad_(False) if run.ema else None
-    for m in filter(None, (model, ema)):
-        run.shard(m, [*m.trunk, *m.head]) if settings["fsdp"] else m.to(run.device)
-    matrices, vectors = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)],
-                                  lr=run.lr, betas=(0.9, 0.95), fused=True)
-    run.track(model=model, ema=ema, optimizer=optimizer)
-    run.prepare(sources[0])
-    run.say(f"GPT: {config.n_layer} blocks of width {config.n_embd}, {config.head_layers} in the head, k={config.k} codes of {config.vocab_size} "
-            f"at {config.grid}x{config.grid} positions, {config.num_classes} classes, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    tokens, held_out = (Tokens(run.path.parent / f"tokens_{name}.npy", data, tokenizer, crops, run)
-                        for name, data, crops in zip(("train", "val"), sources, (settings["crops"], 1)))
-    run.describe(tokens, held_out)
-    parallel_model = run.parallel(model)
+    # model and optimizer
+    torch.manual_seed(args.seed % 2**63)
+    model = GPT(config).to(device)
+    ema = None
+    if args.ema:
+        ema = copy.deepcopy(model).eval().requires_grad_(False)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    parts = {name: part for name, part in parts.items() if part is not None}  # what a checkpoint holds
 
-    for _ in run.loop(tokens, [optimizer]):
-        for ids, labels in run.micro_batches():
-            with run.autocast():
-                loss = parallel_model(ids, labels)[1]
-            run.backward({"cross_entropy": loss})
-            run.record({"cross_entropy": loss})
-        run.update((model, optimizer))
-        run.average(ema, model)
-        run.log()
+    # resume
+    step = 0
+    log = []
+    if state:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        if state["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+        log = read_log(path.with_name("gpt_log.csv"), step)
+        check(step < args.steps, f"{path} is already at step {step} of {args.steps}; to go on, give a larger --steps")
+        del state
 
-        if run.due:
-            best = ema or model
-            run.milestone(best, lambda: evaluate(best, held_out, run), lambda: save_samples(best, tokenizer, classes, settings["cfg_scale"], run),
-                          config=asdict(config), classes=classes, tokenizer={"config": asdict(t), "model": tokenizer.state_dict()})
-    run.finish(f"{run.path}, {run.path.parent / 'samples.png'} (look at it), {run.path.parent / 'gpt_log.csv'}",
-               "python sample.py" + (f" --gpt {run.path}" if run.out != "out" else ""))
+    # what the training step calls
+    parallel_model = torch.compile(model) if args.compile else model
+    if world_size() > 1:
+        parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
+    order = training_batches(len(train_tokens), args.batch_size, args.seed, args.steps, step, rank(), world_size(),
+                             args.accumulate)
+    loader = DataLoader(train_tokens, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        prefetch_factor=4 if args.workers else None, worker_init_fn=leave_signals_to_main)
+    batches = iter(loader)
 
+    # say what is about to happen
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"GPT: {config.n_layer} blocks of width {config.n_embd}, {config.head_layers} in the head, k={config.k} "
+           f"codes of {config.vocab_size} at {config.grid}x{config.grid} positions, {config.num_classes} classes, "
+           f"{millions:.1f} M parameters")
+    print0(f"data: {train_data.description}: {len(train_data)} images")
+    print0(f"held out: {val_data.description}: {len(val_data)} images")
+    print0(f"steps {step} to {args.steps} of {args.batch_size} images, {world_size()} x {device.type}, {dtype}")
+
+    # Ctrl-C and the signals that end a job: finish the step, save, and leave; a second one ends it at once
+    signals = []
+    def on_signal(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+
+    num_skipped = 0  # steps in a row that were not finite
+    first_step, start_time = step, time.time()
+    stopping = False
+
+    while step < args.steps and not stopping:
+        # learning rate: linear warm-up, cosine decay
+        progress = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+        lr = args.lr * (args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+        if step < args.warmup:
+            lr = args.lr * (step + 1) / args.warmup
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward and backward
+        torch.manual_seed(step_seed(args.seed, step, rank()))
+        step_loss = 0
+        for micro_step in range(args.accumulate):
+            ids, labels = next(batches)
+            ids = ids.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True)
+            if world_size() > 1:  # ranks exchange gradients in the last backward pass only
+                parallel_model.require_backward_grad_sync = micro_step == args.accumulate - 1
+            with autocast(device, dtype):
+                _, loss = parallel_model(ids, labels)
+            scaler.scale(loss / args.accumulate).backward()
+            step_loss = step_loss + loss.detach() / args.accumulate
+
+        # step, unless the gradient is not finite
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        if norm.isfinite():
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        step += 1
+        if norm.isfinite():
+            num_skipped = 0
+        else:  # float16's scale takes some steps to be found
+            num_skipped += 1
+            print0(f"step {step} left out: the gradient is not finite")
+            check(num_skipped < (30 if dtype == torch.float16 else 10),
+                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr; "
+                  "the last checkpoint is from before them")
+        if ema:
+            decay = min(args.ema, step / (step + 10))  # smaller in the first steps
+            with torch.no_grad():
+                for average, p in zip(ema.parameters(), model.parameters()):
+                    average.lerp_(p, 1 - decay)
+
+        # a signal may reach one rank before another
+        stopping = all_reduce(torch.tensor(len(signals), device=device)).item() > 0
+
+        # log
+        if step % args.log_every == 0 or step == args.steps:
+            value = float(all_reduce(step_loss) / world_size())
+            speed = (step - first_step) * args.batch_size / (time.time() - start_time)
+            left = duration((args.steps - step) * args.batch_size / speed)
+            print0(f"step {step}/{args.steps}  cross-entropy {value:.4f} nats a code | {speed:.0f} images/s, "
+                   f"{left} left")
+            log.append({"step": step, "lr": lr, "loss": value})
+            if rank() == 0:
+                write_log(path.with_name("gpt_log.csv"), log)
+
+        # checkpoint, then evaluation
+        if step % args.eval_every == 0 or step == args.steps or stopping:
+            if rank() == 0:
+                contents = {name: part.state_dict() for name, part in parts.items()}
+                contents |= {"kind": "gpt", "config": asdict(config), "classes": classes, "settings": settings,
+                             "tokenizer": {"config": asdict(t), "model": tokenizer.state_dict()},
+                             "step": step, "scaler": scaler.state_dict()}
+                save_checkpoint(path, contents)
+                if args.keep:
+                    save_checkpoint(path.with_stem(f"gpt_{step}"), contents)
+            if not stopping or step == args.steps:
+                best = ema or model.eval()
+                losses = evaluate(best, val_tokens, args, device)
+                val_loss = sum(losses) / len(losses)
+                print0(f"step {step}/{args.steps}  held out: {val_loss:.4f} nats a code, of the sub-codebooks "
+                       + " ".join(f"{loss:.3f}" for loss in losses))
+                row = {"step": step, "val_loss": val_loss}
+                for i, loss in enumerate(losses):
+                    row[f"val_loss_{i + 1}"] = loss
+                log.append(row)
+                if rank() == 0:
+                    write_log(path.with_name("gpt_log.csv"), log)
+                    save_samples(path.with_name("samples.png"), best, tokenizer, classes, args, device)
+                model.train()
+
+    if stopping and step < args.steps:
+        print0(f"stopped at step {step} of {args.steps}; all is in {path}: --resume continues")
+        raise KeyboardInterrupt
+    print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('samples.png')} (look at it), "
+           f"{path.with_name('gpt_log.csv')}")
+    print0("next: python sample.py" + (f" --gpt {path}" if args.out != "out" else ""))
 
 if __name__ == "__main__":
     cli(main)
