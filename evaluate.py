@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torchvision.models import inception_v3
 
 from fqgan import (
-    LPIPS, Folder, ImageData, Parser, UserError, add_sampling_flags, atomic_write, check, cli, code_usage, data_name,
-    data_parts, fetch, fixed_sample, from_uint8, gather, generate_images, init_distributed, load_generator,
-    load_teacher, load_tokenizer, load_weights, one_line, print0, psnr, rank, rank0_first, rank_batches,
-    reconstruction_rows, save_grid, to_uint8, world_size)
+    Folder, IMAGE_ENDINGS, ImageData, LPIPS, Parser, UserError, add_sampling_flags, atomic_write, check, cli,
+    code_usage, data_name, data_parts, fetch, fixed_sample, from_uint8, gather, generate_images,
+    init_distributed, load_generator, load_teacher, load_tokenizer, load_weights, one_line, print0, psnr, rank,
+    rank0_first, rank_batches, reconstruction_rows, save_grid, to_uint8, world_size)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -356,7 +356,11 @@ def evaluate_tokenizer(metrics, options):
         save_grid(options.out or path.parent / "evaluate.png", rows)
 
     distances = {"psnr": psnr, "ssim": ssim}
-    lpips = load_network(LPIPS, [options.vgg, options.lpips], options, metrics, "lpips")
+    lpips = None
+    if c.image_size < 16:
+        metrics["lpips"] = "images are under 16 pixels"
+    else:
+        lpips = load_network(LPIPS, [options.vgg, options.lpips], options, metrics, "lpips")
     if lpips:
         distances["lpips"] = lpips
 
@@ -443,7 +447,8 @@ def main():
     check(options.n is None or options.n >= 1, "--n must be at least 1")
     check(options.batch_size >= 1, "--batch-size must be at least 1")
     check(not (options.fake and options.n), "--n says nothing of --real and --fake, which are taken whole")
-    check(not options.out or options.out.suffix, f"--out {options.out}: name a picture, such as evaluate.png")
+    check(not options.out or options.out.suffix.lower() in IMAGE_ENDINGS,
+          f"--out {options.out}: name a picture, such as evaluate.png")
     check(bool(options.fake) == bool(options.real and not options.gpt), "--real goes with --fake or with --gpt")
     for file in filter(None, (options.json, options.save_stats, options.out)):
         check(Path(file).absolute().parent.is_dir(), f"{file}: there is no such folder")

@@ -1889,7 +1889,7 @@ def class_indices(text, names):
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         check(0 <= index < len(names), f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {shown}")
         picked.append(index)
-    if any(name.isdecimal() for name in names):
+    if any(name.isdecimal() and name != str(i) for i, name in enumerate(names)):
         print0(f"--classes: names that are numbers go before numbers; taken are {', '.join(names[i] for i in picked)}")
     return picked
 

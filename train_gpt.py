@@ -129,9 +129,9 @@ def load_tokens(path, data, tokenizer, num_views, args, device):
     that takes its name when it is whole. Raises UserError for a cache of another tokenizer or of other images.
     """
     meta = path.with_suffix(".json")
-    key = fingerprint(tokenizer, data, num_views)
+    key = json.dumps({"fingerprint": fingerprint(tokenizer, data, num_views)})
     is_there = path.exists() and meta.exists()
-    is_same = is_there and json.loads(meta.read_text()) == {"fingerprint": key}
+    is_same = is_there and meta.read_text() == key
     check(is_same or not is_there or args.overwrite,
           f"{path} was made with another tokenizer or other images: --overwrite encodes again, --out FOLDER leaves it")
     barrier()  # all ranks have looked before one of them writes
@@ -167,7 +167,7 @@ def load_tokens(path, data, tokenizer, num_views, args, device):
     barrier()
     if rank() == 0:
         tmp.replace(path)
-        meta.write_text(json.dumps({"fingerprint": key}))
+        meta.write_text(key)
     barrier()
     return Tokens(path, data.description)
 
@@ -264,7 +264,10 @@ def main():
     # resume
     step = 0
     log = []
+    data_fingerprint = train_data.fingerprint() + val_data.fingerprint()
     if state:
+        check(state["data_fingerprint"] == data_fingerprint,
+              f"{args.data} does not hold the images that the run in {path} began with: others would be held out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if state["scaler"] and scaler.is_enabled():
@@ -372,7 +375,7 @@ def main():
                 contents = {name: part.state_dict() for name, part in parts.items()}
                 contents |= {"kind": "gpt", "config": asdict(config), "classes": classes, "settings": settings,
                              "tokenizer": {"config": asdict(t), "model": tokenizer.state_dict()},
-                             "step": step, "scaler": scaler.state_dict()}
+                             "step": step, "scaler": scaler.state_dict(), "data_fingerprint": data_fingerprint}
                 save_checkpoint(path, contents)
                 if args.keep:
                     save_checkpoint(path.with_stem(f"gpt_{step}"), contents)

@@ -139,7 +139,7 @@ def main():
     elif settings["init"]:
         init = load_tokenizer(settings["init"])
         init_config = asdict(init.config)
-        del init_config["teacher_widths"]  # follows from --teachers
+        del init_config["teacher_widths"], init_config["recompute"]  # these are the run's, not the model's
         settings = {**defaults, **preset, **init_config, **flags}
     check(state or settings["overwrite"] or not path.exists(),
           f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
@@ -172,7 +172,7 @@ def main():
     check(len(train_data) >= args.batch_size,
           f"{train_data.description}: {len(train_data)} images are fewer than one batch; "
           f"--batch-size {len(train_data)} or less would do")
-    fingerprint = train_data.fingerprint() + val_data.fingerprint()
+    data_fingerprint = train_data.fingerprint() + val_data.fingerprint()
 
     # model and optimizers
     model = FQGAN(config).to(device)
@@ -194,7 +194,7 @@ def main():
     step = 0
     log = []
     if state:
-        check(state["data_fingerprint"] == fingerprint,
+        check(state["data_fingerprint"] == data_fingerprint,
               f"{args.data} does not hold the images that the run in {path} began with: others would be held out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -366,7 +366,7 @@ def main():
             if rank() == 0:
                 contents = {name: part.state_dict() for name, part in parts.items()}
                 contents |= {"kind": "tokenizer", "config": asdict(config), "settings": settings, "step": step,
-                             "scaler": scaler.state_dict(), "data_fingerprint": fingerprint}
+                             "scaler": scaler.state_dict(), "data_fingerprint": data_fingerprint}
                 save_checkpoint(path, contents)
                 if args.keep:
                     save_checkpoint(path.with_stem(f"tokenizer_{step}"), contents)
