@@ -1095,7 +1095,7 @@ def load_teacher(name, weights=None):
             elif path.suffix == ".pt2":
                 teacher = torch.export.load(path).module()
             else:
-                teacher = torch.jit.load(path, map_location="cpu").eval()
+                teacher = torch.jit.load(path, map_location="cpu").float().eval()
     except Exception as error:
         raise UserError(f"{path} does not hold the teacher {name} ({one_line(error)})") from None
     for p in teacher.parameters():  # TorchScript has no requires_grad_ for the whole
