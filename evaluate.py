@@ -58,9 +58,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     arrays = [np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2)]
     shapes = [array.shape for array in arrays]
-    check(shapes[:2] == shapes[2:] and shapes[1] == 2 * shapes[0], f"statistics of different shapes: {shapes}")
+    check(shapes[:2] == shapes[2:] and shapes[1] == shapes[0] * 2,  # (D, D) for (D,)
+          f"statistics of different shapes: {shapes}")
     finite = [np.isfinite(array).all() for array in arrays]
-    check(all(finite), "statistics that are not finite")
+    check(all(finite), "statistics are not finite")
     mu1, sigma1, mu2, sigma2 = arrays
     values, vectors = scipy.linalg.eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0))
@@ -94,14 +95,14 @@ def precision_recall(real, fake, k=3):
         return torch.cat(radii)
 
     def coverage(points, others):  # share of points within the radius of one of the others at least
-        radius = knn_radius(others)
-        inside = [(square_distances(part, others) <= radius).any(1) for part in points.split(1024)]
+        square_radius = knn_radius(others)
+        inside = [(square_distances(part, others) <= square_radius).any(1) for part in points.split(1024)]
         return torch.cat(inside).double().mean().item()
 
     return coverage(fake, real), coverage(real, fake)
 
 def mutual_information(a, b):
-    """Two integer arrays (n) -> bits that each tells of the other; too high where n is not far above the pairs."""
+    """The bits that two integer arrays (n) share; biased upwards unless n is far above the number of pairs."""
     def entropy(values):
         _, counts = np.unique(values, return_counts=True)
         p = counts / len(values)
@@ -290,8 +291,9 @@ def compare(metrics, prefix, real, fake, options, parts=None):
     name = prefix + ("fd" if options.features else "fid")
     network_name = options.features or "Inception 2015-12-05, TensorFlow 1's resize"
     metrics["protocol"] = f"{network_name}; {fake.description}; against {real.description}"
-    if 0 < min(real.size, fake.size) < 4:
+    if any(0 < size < 4 for size in (real.size, fake.size)):
         metrics[name] = "fewer than 4 images"
+        return
     network = feature_network(options, metrics, name) if real.size or fake.size else None
     if name in metrics:
         return
@@ -315,7 +317,7 @@ def compare(metrics, prefix, real, fake, options, parts=None):
         metrics["precision"], metrics["recall"] = precision_recall(real_features.to(device), features.to(device))
     if fake.size and not options.features:
         metrics["inception_score"], metrics["inception_score_deviation"] = inception_score(logits)
-    if can_name:  # rightly, by a linear classifier on real features
+    if can_name:  # the share whose class a linear classifier, fitted on real features, gets right
         metrics["named"] = linear_probe(train_x, train_labels, features, labels)
         metrics["named_real"] = linear_probe(train_x, train_labels, held_x, held_labels)
 
@@ -446,14 +448,14 @@ def main():
     options = parser.parse_args()
     check(options.n is None or options.n >= 1, "--n must be at least 1")
     check(options.batch_size >= 1, "--batch-size must be at least 1")
-    check(not (options.fake and options.n), "--n says nothing of --real and --fake, which are taken whole")
+    check(not (options.fake and options.n), "--n does not apply to --real and --fake, which are taken whole")
     check(not options.out or options.out.suffix.lower() in IMAGE_ENDINGS,
           f"--out {options.out}: name a picture, such as evaluate.png")
+    check(not (options.gpt and options.fake), "--gpt and --fake exclude each other")
     check(bool(options.fake) == bool(options.real and not options.gpt), "--real goes with --fake or with --gpt")
     for file in filter(None, (options.json, options.save_stats, options.out)):
         check(Path(file).absolute().parent.is_dir(), f"{file}: there is no such folder")
     options.device = init_distributed(options.device, options.seed)
-    torch.backends.cudnn.allow_tf32 = False  # float32 in full
     metrics = {}
     with torch.no_grad():
         if options.gpt:

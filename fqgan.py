@@ -159,8 +159,8 @@ def center_crop(image, size):
 
 def random_crop(image, size, rng):
     """A square, 0.8 to 1.0 of the shorter side (of a small image more), mirrored half the time."""
-    longest = min(math.ceil(size / 0.8), *image.size)
-    image = resize_shorter(image, rng.randint(size, max(size, longest)))
+    largest = min(math.ceil(size / 0.8), *image.size)
+    image = resize_shorter(image, rng.randint(size, max(size, largest)))
     left = rng.randint(0, image.width - size)
     top = rng.randint(0, image.height - size)
     crop = image.crop((left, top, left + size, top + size))
@@ -580,8 +580,9 @@ class FQGANConfig:
         num_given = len(self.channel_mult)
         check(num_given == num_stages,
               f"channel_mult {self.channel_mult} names {num_given} stages; there are {num_stages}")
-        check(min(self.channel_mult) > 0 and self.channels % self.norm_groups == 0,
-              f"channels {self.channels} must be multiples of norm_groups {self.norm_groups}")
+        check(min(self.channel_mult) > 0, f"channel_mult is {self.channel_mult}; each must be above 0")
+        check(self.channels % self.norm_groups == 0,
+              f"channels {self.channels} must be a multiple of norm_groups {self.norm_groups}")
         divisor = math.lcm(self.norm_groups, self.adapter_heads)
         check(self.adapter_depth == 0 or self.adapter_width % divisor == 0,
               f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} "
@@ -670,11 +671,9 @@ class Stage(nn.Module):
 
     def __init__(self, c_in, c_out, num_blocks, config, attention, resample):
         super().__init__()
-        self.res = nn.ModuleList()
-        self.attn = nn.ModuleList()
-        for i in range(num_blocks):
-            self.res.append(ResBlock(c_in if i == 0 else c_out, c_out, config))
-            self.attn.append(AttnBlock(c_out, config) if attention else nn.Identity())
+        widths = [c_in] + [c_out] * (num_blocks - 1)
+        self.res = nn.ModuleList(ResBlock(width, c_out, config) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in widths)
         self.resample = resample(c_out)
 
     def forward(self, x):
@@ -881,7 +880,10 @@ def disentangle_loss(quantized):
     return loss / max(1, num_pairs)
 
 def representation_loss(predicted, features):
-    """InfoNCE: each prediction (B,D) is to find its own among the features (B,D). Section 3.2."""
+    """
+    InfoNCE: each prediction (B,D) is to find its own among a teacher's features (B,D), the other images of the
+    micro-batch being the negatives. Cosines without temperature, as in the official code. Section 3.2.
+    """
     cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
     return F.cross_entropy(cosine, torch.arange(len(cosine), device=cosine.device))
 
@@ -971,9 +973,12 @@ class FQGAN(nn.Module):
             quantized.append(codes if only is None or i in only else torch.zeros_like(codes))
         return self.decode_vectors(quantized)
 
-    def forward(self, images, features=()):
-        """images, each teacher's features (B,D) -> (reconstruction (B,3,H,W), weighted losses, to be added up)"""
-        # the perceptual and adversarial losses need other networks: they are in train_tokenizer.py
+    def forward(self, images, teacher_features=()):
+        """
+        images (B,3,H,W), each teacher's features (B,D) -> (reconstruction (B,3,H,W), losses): scalars by name, with
+        their weights in them, to be added up. Perceptual and adversarial losses need other networks: train_tokenizer.py
+        adds them.
+        """
         quantized = []
         losses = {}
         for branch, z in zip(self.branches, self.encode_vectors(images)):
@@ -983,10 +988,10 @@ class FQGAN(nn.Module):
                 losses[name] = losses.get(name, 0) + loss
         losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
 
-        if features:  # the last sub-codebooks are supervised
+        if teacher_features:  # the last sub-codebooks are supervised
             loss = 0
-            n = len(features)
-            for branch, z_q, target in zip(self.branches[-n:], quantized[-n:], features):
+            n = len(teacher_features)
+            for branch, z_q, target in zip(self.branches[-n:], quantized[-n:], teacher_features):
                 loss = loss + representation_loss(branch.feature_head(z_q), target)
             losses["representation"] = self.config.representation_weight * loss
 
@@ -998,7 +1003,12 @@ class FQGAN(nn.Module):
 # Networks that only the tokenizer's training needs
 
 class LPIPS(nn.Module):
-    """Perceptual distance (https://arxiv.org/abs/1801.03924): images (B,3,H,W) in [-1,1] twice -> (B,)."""
+    """
+    Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, of unit
+    length at each position; their squared difference, weighted by channel, averaged over positions. Frozen, and without
+    dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given; UserError where they
+    cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
+    """
 
     layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # VGG-16's ReLUs that are compared: place, channels
     vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
@@ -1090,7 +1100,11 @@ TEACHERS = {  # name: (URL, the beginning of its SHA-256)
 }
 
 def load_teacher(name, weights=None):
-    """A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D): one of TEACHERS, or any model's file."""
+    """
+    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D). name: one of TEACHERS, from the local file `weights`
+    or else fetched once; or the path of any model, a TorchScript (.pt) or torch.export (.pt2) file. Raises UserError
+    where it cannot be had.
+    """
     path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
     check(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
     try:
@@ -1618,17 +1632,18 @@ def parse_flags(doc, presets, *config_classes):
         if not f.metadata:
             continue
         defaults[f.name] = f.default
-        shown = f"default: {f.default}"
+        shown = f"default: {presets[first].get(f.name, f.default)}"
         for preset, values in presets.items():
-            if f.name in values:
-                shown += f"; {preset}: {values[f.name]}"
+            if preset != first:
+                shown += f"; {preset}: {values.get(f.name, f.default)}"
         help = f"{f.metadata['help']} ({shown})".replace("%", "%%")
         kind = {"type": f.type if f.type in (int, float, str) else int_tuple}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
     flags = vars(parser.parse_args())
-    return defaults, presets[flags.get("preset", first)], flags
+    preset = flags.get("preset", first)
+    return defaults, {"preset": preset, **presets[preset]}, flags
 
 def pick(config_class, settings):
     """A config filled from a dict that holds more."""
@@ -1676,6 +1691,7 @@ def init_distributed(device="auto", seed=0):
         check(not missing, f"WORLD_SIZE is set without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE")
         check(int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]), "RANK must be below WORLD_SIZE: use torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    torch.backends.cudnn.allow_tf32 = False  # float32 in full: codes and metrics depend on it
     torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
     torch.manual_seed(seed % 2**63)
     return device
@@ -1879,7 +1895,7 @@ def add_sampling_flags(parser):
         ("--seed", int, 0, "another seed, other samples"),
         ("--batch-size", int, 64, "images at a time"),
         ("--device", str, "auto", "cuda, mps, cpu, ...; auto: the best there is"),
-        ("--dtype", str, "auto", "of the GPT: float32, bfloat16; auto: bfloat16 where the hardware has it"),
+        ("--dtype", str, "auto", "of the GPT: float32, bfloat16, float16; auto: bfloat16 where the hardware has it"),
     ):
         parser.add_argument(name, type=kind, default=default, help=f"{help} (default: {default})")
 

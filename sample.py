@@ -22,7 +22,7 @@ from fqgan import (
 GRID_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 COLUMNS = 16  # images in a row of a grid
 
-def parse_flags():
+def parse_options():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--gpt", default="out/gpt.pt", help="the GPT's checkpoint (default: %(default)s)")
@@ -58,7 +58,7 @@ def output_path(options):
     return path, kind
 
 def grid_rows(labels, names):
-    """Labels of all images -> [(class name, indices of the row's images)]; the name stands at a class's first row."""
+    """Labels of all images -> [(class name, indices of the row's images)]; a class's name is on its first row only."""
     rows = []
     for label in dict.fromkeys(labels.tolist()):
         indices = (labels == label).nonzero().flatten()
@@ -71,7 +71,7 @@ def file_name(index, name):
     return f"{index:06d}_{safe}.png"
 
 def main():
-    options = parse_flags()
+    options = parse_options()
     path, kind = output_path(options)
     device = init_distributed(options.device, options.seed)
     barrier()  # every process has seen the empty folder before the first one writes
@@ -89,8 +89,9 @@ def main():
     labels = classes[torch.arange(n) % len(classes)]
     if kind == "grid":
         rows = grid_rows(labels, names)
-        most = 16_000 // max(192, tokenizer.config.image_size)  # picture formats have limits
-        check(len(rows) <= most, f"a grid of {len(rows)} rows is too high, {most} is the limit: give --out a folder")
+        # picture formats have limits, and save_grid enlarges small images to less than 192 pixels
+        most = 16_000 // max(192, tokenizer.config.image_size)
+        check(len(rows) <= most, f"a grid of {len(rows)} rows is too tall, {most} is the limit: give --out a folder")
 
     # sample
     batches = rank_batches(n, options.batch_size)

@@ -399,7 +399,7 @@ def test_overfits_one_batch():
     (FQGANConfig, dict(image_size=250), "250 is not divisible by downsample 16: 240 is"),
     (FQGANConfig, dict(downsample=12), "power of two"),
     (FQGANConfig, dict(downsample=0.5), "downsample is 0.5"),
-    (FQGANConfig, dict(channels=100), "multiples of norm_groups 32"),
+    (FQGANConfig, dict(channels=100), "a multiple of norm_groups 32"),
     (FQGANConfig, dict(channel_mult=(1, 2)), "names 2 stages"),
     (FQGANConfig, dict(adapter_heads=7), "adapter_heads 7"),
     (FQGANConfig, dict(downsample=4, patch_size=8), "multiple of patch_size 8"),
@@ -1582,10 +1582,10 @@ def test_flags_are_those_given(monkeypatch):
     given = dict(preset="large", k=2, channel_mult=(1, 2), image_size=64)
     monkeypatch.setattr(sys, "argv", ["x.py", *as_flags(given), "--no-recompute"])
     defaults, preset, flags = fqgan.parse_flags("", presets, FQGANConfig)
-    assert preset == presets["large"] and flags == given | dict(recompute=False)
+    assert preset == {"preset": "large", **presets["large"]} and flags == given | dict(recompute=False)
     assert defaults == {f.name: f.default for f in dataclasses.fields(FQGANConfig) if f.name != "teacher_widths"}
     monkeypatch.setattr(sys, "argv", ["x.py"])
-    assert fqgan.parse_flags("", presets, FQGANConfig)[1:] == (dict(k=4), {})
+    assert fqgan.parse_flags("", presets, FQGANConfig)[1:] == (dict(preset="tiny", k=4), {})
 
 def test_the_log_is_read_as_far_as_it_goes(tmp_path):
     """Past a byte-order mark, and without the zeros of a power cut or rows after the step that a run resumes at."""
@@ -1856,7 +1856,7 @@ def test_resume_and_overwrite(tmp_path, trained):
         (resume, "already at step 4 of 4"),
         ([*resume, "--steps", 6, "--k", 2], "--k"),
         ([*resume, "--steps", 6, "--adapter-width", 64], "--adapter-width"),
-        ([*resume, "--steps", 6, "--preset", "tiny"], "--preset"),
+        ([*resume, "--steps", 6, "--preset", "fqgan-ds16"], "--preset"),
         ([*resume, "--steps", 6, "--init", trained / "tokenizer.pt"], "--init"),
         (["--out", tmp_path / "none", "--resume"], "no tokenizer checkpoint at"),
     ]:
@@ -2263,7 +2263,7 @@ def test_more_mistakes(tmp_path, trained, offline):
     for script, argv, message in [
         (train_tokenizer, ["--out", tmp_path / "file"], "file"),
         (sample, [*gpt, "--classes", "10"], "no class '10'"),
-        (sample, [*gpt, "--classes", "0", "--n", 40_000], "a grid of 2500 rows is too high"),
+        (sample, [*gpt, "--classes", "0", "--n", 40_000], "a grid of 2500 rows is too tall"),
         (sample, [*gpt, "--cfg-scale", "1,2,3"], "cfg_scale has 3 values; give one, or 2"),
         (sample, ["--gpt", trained / "tokenizer.pt"], "not a gpt checkpoint"),
         (evaluate, [*tokenizer, "--n", 4, "--out", tmp_path / "results"], "results"),

@@ -30,10 +30,10 @@ from fqgan import (
     save_checkpoint, save_grid, step_seed, training_batches, world_size, write_log)
 
 # -----------------------------------------------------------------------------
-# Settings: the fields' defaults, over them a preset, over that the command line's flags
+# Settings: defaults, over them a preset, then the command line
 
-# The far presets are the paper's recipe (section 4.1), which is the flags' defaults. The paper gives the learning rate
-# as 2e-4; the authors' script has 1e-4.
+# The defaults are the paper's recipe (section 4.1) and FAR-Base. The learning rate is the paper's: 2e-4; the authors'
+# script has 1e-4.
 PRESETS = {
     "tiny": dict(
         n_layer=6, n_head=3, n_embd=192, head_layers=1, dropout=0.0, steps=1200, batch_size=32, lr=2e-3, warmup=100,
@@ -53,10 +53,10 @@ class TrainConfig:
     cfg_scale: float = flag(1.5, "guidance of the sample pictures")
     steps: int = flag(1_501_368, "optimizer steps; 300 epochs of ImageNet are 1501368")
     batch_size: int = flag(256, "images a step, over all processes")
-    accumulate: int = flag(1, "micro-batches that a step is computed in, to save memory")
+    accumulate: int = flag(1, "micro-batches a step is computed in, to save memory")
     lr: float = flag(2e-4, "learning rate")
     warmup: int = flag(0, "steps over which the learning rate rises from 0")
-    final_lr: float = flag(1.0, "share of the learning rate that a cosine decay ends at")
+    final_lr: float = flag(1.0, "share of the learning rate at the end of a cosine decay; 1: none")
     weight_decay: float = flag(0.05, "weight decay of matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
     ema: float = flag(0.0, "decay of a moving average of the weights, used in their place")
@@ -65,15 +65,15 @@ class TrainConfig:
     dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 where it is fast")
     compile: bool = flag(False, "compile the model")
     workers: int = flag(8, "processes that load data; 0: none besides the main one")
-    log_every: int = flag(50, "steps between progress lines, the rows of gpt_log.csv")
+    log_every: int = flag(50, "steps between progress lines, each with that step's loss")
     eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint")
     eval_images: int = flag(2000, "held-out images to evaluate on, at most")
     keep: bool = flag(False, "keep every evaluation's checkpoint, as gpt_STEP.pt")
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
-# flags that a resumed run cannot change
-FIXED = {f.name for f in fields(GPTConfig)} | {"preset", "tokenizer", "ema"}
+# what a run's weights depend on: a resumed run cannot change it
+FIXED = {f.name for f in fields(GPTConfig)} | {"preset", "tokenizer", "crops", "ema"}
 
 # -----------------------------------------------------------------------------
 # The token cache
@@ -126,14 +126,15 @@ def fingerprint(tokenizer, data, num_views):
 def load_tokens(path, data, tokenizer, num_views, args, device):
     """
     The token cache at `path`, encoded first if it is not there: in float32, every rank its share, into a temporary file
-    that takes its name when it is whole. Raises UserError for a cache of another tokenizer or of other images.
+    that takes its name when it is whole. Raises UserError for a cache of another tokenizer, other images or
+    another number of views.
     """
     meta = path.with_suffix(".json")
     key = json.dumps({"fingerprint": fingerprint(tokenizer, data, num_views)})
     is_there = path.exists() and meta.exists()
     is_same = is_there and meta.read_text() == key
     check(is_same or not is_there or args.overwrite,
-          f"{path} was made with another tokenizer or other images: --overwrite encodes again, --out FOLDER leaves it")
+          f"{path} was made with another tokenizer, other images or another --crops: --overwrite encodes again")
     barrier()  # all ranks have looked before one of them writes
     if is_same:
         return Tokens(path, data.description)
@@ -184,7 +185,7 @@ def evaluate(model, tokens, args, device):
     total = torch.zeros(k + 1, device=device)  # sums of the k cross-entropies, number of images
     for ids, labels in DataLoader(tokens, batch_sampler=batches):
         ids = ids.to(device)
-        logits, _ = model(ids, labels.to(device))
+        logits, _ = model(ids, labels.to(device))  # (B, k, h*w, vocab_size), in float32: no autocast
         losses = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(len(ids), k, -1)
         total[:k] += losses.mean(2).sum(0)
         total[k] += len(ids)
@@ -248,7 +249,7 @@ def main():
     val_tokens = load_tokens(path.with_name("tokens_val.npy"), val_data, tokenizer, 1, args, device)
 
     # model and optimizer
-    torch.manual_seed(args.seed % 2**63)
+    torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
     model = GPT(config).to(device)
     ema = None
     if args.ema:
@@ -320,7 +321,7 @@ def main():
             group["lr"] = lr
 
         # forward and backward
-        torch.manual_seed(step_seed(args.seed, step, rank()))
+        torch.manual_seed(step_seed(args.seed, step, rank()))  # nothing to save: a resumed step draws the same
         step_loss = 0
         for micro_step in range(args.accumulate):
             ids, labels = next(batches)
@@ -343,15 +344,15 @@ def main():
         step += 1
         if norm.isfinite():
             num_skipped = 0
-        else:  # float16's scale takes some steps to be found
+        else:
             num_skipped += 1
+            limit = 30 if dtype == torch.float16 else 10  # float16's scale takes some steps to be found
             print0(f"step {step} left out: the gradient is not finite")
-            check(num_skipped < (30 if dtype == torch.float16 else 10),
-                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr; "
-                  "the last checkpoint is from before them")
+            check(num_skipped < limit,
+                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr")
         if ema:
             decay = min(args.ema, step / (step + 10))  # smaller in the first steps
-            with torch.no_grad():
+            with torch.no_grad():  # the only buffer is constant
                 for average, p in zip(ema.parameters(), model.parameters()):
                     average.lerp_(p, 1 - decay)
 
@@ -380,8 +381,8 @@ def main():
                 if args.keep:
                     save_checkpoint(path.with_stem(f"gpt_{step}"), contents)
             if not stopping or step == args.steps:
-                best = ema or model.eval()
-                losses = evaluate(best, val_tokens, args, device)
+                shown = ema or model.eval()
+                losses = evaluate(shown, val_tokens, args, device)
                 val_loss = sum(losses) / len(losses)
                 print0(f"step {step}/{args.steps}  held out: {val_loss:.4f} nats a code, of the sub-codebooks "
                        + " ".join(f"{loss:.3f}" for loss in losses))
@@ -391,7 +392,7 @@ def main():
                 log.append(row)
                 if rank() == 0:
                     write_log(path.with_name("gpt_log.csv"), log)
-                    save_samples(path.with_name("samples.png"), best, tokenizer, classes, args, device)
+                    save_samples(path.with_name("samples.png"), shown, tokenizer, classes, args, device)
                 model.train()
 
     if stopping and step < args.steps:

@@ -26,9 +26,10 @@ from fqgan import (
     save_grid, step_seed, training_batches, world_size, write_log)
 
 # -----------------------------------------------------------------------------
-# Settings: the fields' defaults, over them a preset, over that the command line's flags
+# Settings: defaults, over them a preset, then the model flags of --init, then the command line
 
-# The fqgan presets are the paper's recipe (section 4.1 and the official training script), which is the flags' defaults.
+# The defaults are the paper's recipe (section 4.1 and the official training script); fqgan-ds16 and -ds8 are its two
+# resolutions.
 PRESETS = {
     "tiny": dict(
         image_size=32, downsample=4, patch_size=2, channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4,
@@ -38,7 +39,7 @@ PRESETS = {
     "fqgan-ds16": dict(downsample=16, recompute=True),
     "fqgan-ds8": dict(downsample=8, recompute=True),
 }
-PAPER_TEACHERS = {1: "none", 2: "clip_vitl14", 3: "dinov2_vits14,clip_vitb16"}  # by k, 3 standing for more too
+PAPER_TEACHERS = {1: "none", 2: "clip_vitl14", 3: "dinov2_vits14,clip_vitb16"}  # by k; 3: for 3 or more
 TEACHERS_HELP = (
     "frozen models that supervise the last sub-codebooks, with commas between: "
     f"{', '.join(TEACHERS)}, or files; none; or paper: the paper's for this k")
@@ -50,14 +51,14 @@ class TrainConfig:
     data: str = flag("shapes", "`shapes`, a folder of images, or a torchvision name such as cifar10")
     out: str = flag("out", "folder for the checkpoint, log.csv and recon.png")
     teachers: str = flag("paper", TEACHERS_HELP)
-    init: str = flag("", "a checkpoint whose weights and model flags the run starts from")
+    init: str = flag("", "a checkpoint to start from: its weights, shape and loss weights")
     steps: int = flag(200_183, "optimizer steps; 40 epochs of ImageNet are 200183")
     batch_size: int = flag(256, "images a step, over all processes")
-    accumulate: int = flag(1, "micro-batches that a step is computed in, to save memory")
+    accumulate: int = flag(1, "micro-batches a step is computed in; batch statistics are theirs")
     lr: float = flag(2e-4, "learning rate")
     disc_lr: float = flag(2e-4, "learning rate of the discriminator")
     warmup: int = flag(0, "steps over which the learning rates rise from 0")
-    final_lr: float = flag(1.0, "share of the learning rates that a cosine decay ends at")
+    final_lr: float = flag(1.0, "share of the learning rates at the end of a cosine decay; 1: none")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
     ema: float = flag(0.0, "decay of a moving average of the weights, used in their place")
     seed: int = flag(0, "seed of weights, order of data and crops")
@@ -65,15 +66,15 @@ class TrainConfig:
     dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 where it is fast")
     compile: bool = flag(False, "compile the model")
     workers: int = flag(8, "processes that load data; 0: none besides the main one")
-    log_every: int = flag(50, "steps between progress lines, the rows of log.csv")
+    log_every: int = flag(50, "steps between progress lines, each with that step's losses")
     eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint")
     eval_images: int = flag(2000, "held-out images to evaluate on, at most")
     keep: bool = flag(False, "keep every evaluation's checkpoint, as tokenizer_STEP.pt")
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
-# flags that a resumed run cannot change
-FIXED = {f.name for f in fields(FQGANConfig)} - {"recompute"} | {"preset", "teachers", "init", "ema"}
+# what a run's weights depend on: a resumed run cannot change it
+FIXED = {f.name for f in fields(FQGANConfig) if f.name != "recompute"} | {"preset", "teachers", "init", "ema"}
 
 # -----------------------------------------------------------------------------
 # Helpers
@@ -93,7 +94,8 @@ def load_init(model, init, path):
     weights = {}
     for name, tensor in init.state_dict().items():
         fits = name in own and own[name].shape == tensor.shape
-        if fits or ".feature_head." not in name:
+        is_head = ".feature_head." in name
+        if fits or not is_head:  # others that do not fit are an error below
             weights[name] = tensor
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -111,7 +113,8 @@ def evaluate(model, data, args, device):
     batches = [indices[i:i + size] for i in range(0, len(indices), size)]
     total = torch.zeros(2, device=device)  # sum of PSNR, number of images
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)
-    for images, _ in DataLoader(data, batch_sampler=batches, num_workers=args.workers):
+    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, worker_init_fn=leave_signals_to_main)
+    for images, _ in loader:  # in float32, whatever the model trains in
         images = images.to(device)
         ids = model.encode(images)
         total[0] += psnr(images, model.decode(ids)).sum()
@@ -122,7 +125,7 @@ def evaluate(model, data, args, device):
     usage, perplexity = code_usage(all_reduce(counts))
     return float(total[0] / total[1]), usage.tolist(), perplexity.tolist()
 
-def numbers(values, form):
+def joined(values, form):
     return " ".join(format(value, form) for value in values)
 
 # -----------------------------------------------------------------------------
@@ -175,6 +178,7 @@ def main():
     data_fingerprint = train_data.fingerprint() + val_data.fingerprint()
 
     # model and optimizers
+    torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
     model = FQGAN(config).to(device)
     if init:
         load_init(model, init, args.init)
@@ -224,8 +228,10 @@ def main():
     print0(f"data: {train_data.description}: {len(train_data)} images")
     print0(f"held out: {val_data.description}: {len(val_data)} images")
     print0(f"steps {step} to {args.steps} of {args.batch_size} images, {world_size()} x {device.type}, {dtype}")
-    off = {name: "its weight is 0" for name in ("commit", "entropy", "disentangle", "perceptual", "disc")
-           if getattr(config, f"{name}_weight") == 0}
+    off = {}  # loss -> why
+    for name in ("commit", "entropy", "disentangle", "representation", "perceptual", "disc"):
+        if getattr(config, f"{name}_weight") == 0:
+            off[name] = "its weight is 0"
     if config.k == 1:
         off["disentangle"] = "there is one sub-codebook"
     if not teachers:
@@ -262,7 +268,7 @@ def main():
             for group in disc_optimizer.param_groups:
                 group["lr"] = lr_factor * args.disc_lr
 
-        torch.manual_seed(step_seed(args.seed, step, rank()))
+        torch.manual_seed(step_seed(args.seed, step, rank()))  # nothing to save: a resumed step draws the same
         adversarial = disc is not None and step >= config.disc_start
         step_losses = {}
         for micro_step in range(args.accumulate):
@@ -277,12 +283,12 @@ def main():
             with autocast(device, dtype):
                 with torch.no_grad():
                     features = [teacher(images).float() for teacher in teachers]
-                reconstruction, losses = parallel_model(images, features)
+                reconstruction, losses = parallel_model(images, features)  # losses have their weights in them
                 losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / args.steps)
                 if lpips:
                     losses["perceptual"] = config.perceptual_weight * lpips(images, reconstruction).mean()
                 if adversarial:
-                    disc.requires_grad_(False)
+                    disc.requires_grad_(False)  # and called without DDP: it gets no gradient here
                     losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
 
             # backward
@@ -293,7 +299,7 @@ def main():
                 with autocast(device, dtype):
                     real = parallel_disc(images)
                     fake = parallel_disc(reconstruction.detach())
-                    losses["discriminator"] = config.disc_weight * hinge_loss(real, fake)
+                    losses["discriminator"] = config.disc_weight * hinge_loss(real, fake)  # weighted as in the paper
                 scaler.scale(losses["discriminator"] / args.accumulate).backward()
 
             # for the log
@@ -318,16 +324,16 @@ def main():
         step += 1
         if all_finite:
             num_skipped = 0
-        else:  # float16's scale takes some steps to be found
+        else:
             num_skipped += 1
+            limit = 30 if dtype == torch.float16 else 10  # float16's scale takes some steps to be found
             bad = [name for name, loss in step_losses.items() if not loss.isfinite()] or ["the gradient"]
             print0(f"step {step} left out: {', '.join(bad)} not finite")
-            check(num_skipped < (30 if dtype == torch.float16 else 10),
-                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr; "
-                  "the last checkpoint is from before them")
+            check(num_skipped < limit,
+                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr")
         if ema:
             decay = min(args.ema, step / (step + 10))  # smaller in the first steps
-            with torch.no_grad():
+            with torch.no_grad():  # there are no buffers
                 for average, p in zip(ema.parameters(), model.parameters()):
                     average.lerp_(p, 1 - decay)
 
@@ -344,7 +350,7 @@ def main():
             text = f"loss {sum(row.values()):.4f} = " + " + ".join(f"{name} {value:.4f}" for name, value in row.items())
             if disc_loss is not None:
                 text += f" | discriminator {disc_loss:.3f}"
-            text += f" | codes used {numbers(100 * usage, '.0f')} %"
+            text += f" | codes used {joined(100 * usage, '.0f')} %"
             for i in range(config.k):
                 if perplexity[i] < 2 or usage[i] < 0.1:
                     text += f" | sub-codebook {i + 1} is dying: perplexity {perplexity[i]:.1f}"
@@ -370,12 +376,12 @@ def main():
                 save_checkpoint(path, contents)
                 if args.keep:
                     save_checkpoint(path.with_stem(f"tokenizer_{step}"), contents)
-            counts.zero_()
+            counts.zero_()  # as a resumed run starts: its log is the same
             if not stopping or step == args.steps:
-                best = ema or model.eval()
-                value, usage, perplexity = evaluate(best, val_data, args, device)
+                shown = ema or model.eval()
+                value, usage, perplexity = evaluate(shown, val_data, args, device)
                 print0(f"step {step}/{args.steps}  held out: PSNR {value:.2f} dB, codes used "
-                       f"{numbers([100 * u for u in usage], '.1f')} %, perplexity {numbers(perplexity, '.0f')}")
+                       f"{joined([100 * u for u in usage], '.1f')} %, perplexity {joined(perplexity, '.0f')}")
                 row = {"step": step, "val_psnr": value}
                 for i in range(config.k):
                     row[f"val_usage_{i + 1}"] = usage[i]
@@ -384,7 +390,7 @@ def main():
                 if rank() == 0:
                     write_log(path.with_name("log.csv"), log)
                     images = [val_data[i][0] for i in fixed_sample(len(val_data))[:10]]
-                    rows = reconstruction_rows(best, torch.stack(images).to(device))
+                    rows = reconstruction_rows(shown, torch.stack(images).to(device))
                     save_grid(path.with_name("recon.png"), rows)
                 model.train()
 
