@@ -506,7 +506,11 @@ class ViT(nn.Module):
         self.norm_pre = norm(width)
         self.blocks = nn.Sequential()
         for _ in range(depth):
-            self.blocks.append(Block(width, Attention(width, heads), MLP(width, activation), norm))
+            attn = Attention(width, heads)
+            nn.init.xavier_uniform_(attn.qkv.weight)  # as nn.MultiheadAttention, which the official code uses
+            nn.init.zeros_(attn.qkv.bias)
+            nn.init.zeros_(attn.proj.bias)
+            self.blocks.append(Block(width, attn, MLP(width, activation), norm))
         self.norm_post = norm(width)
 
     def forward(self, x):
@@ -933,12 +937,6 @@ class FQGAN(nn.Module):
         self.branches = nn.ModuleList(Branch(channels, config, width) for width in teacher_widths)
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
-        # Linear layers start smaller than PyTorch makes them, which the official code leaves as they are: with the
-        # default run on shapes that is worth @INIT@ dB. Not in proj_in, which would drown in the positions.
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and "proj_in" not in name:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
 
     def encode_vectors(self, images):
         """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
