@@ -43,6 +43,7 @@ import sample
 import train_gpt
 import train_tokenizer
 
+torch.set_num_threads(1)  # the models are small: threads would only wait for each other
 HERE = Path(__file__).parent
 # the smallest tokenizer and GPT that have every part: seconds, not minutes
 SMALL = dict(image_size=16, downsample=4, patch_size=2, channels=32, channel_mult=(1, 1), res_blocks=1, z_channels=32,

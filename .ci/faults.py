@@ -1,5 +1,5 @@
 """
-What the tests do once, done many times from a seed: kills, damaged files, strange flags. About 15 minutes on two cores.
+What the tests do once, done many times from a seed: kills, damaged files, strange flags.
 
 $ python .ci/faults.py                # all four
 $ python .ci/faults.py kills          # or one of checkpoints, images, flags, kills
