@@ -43,7 +43,6 @@ import sample
 import train_gpt
 import train_tokenizer
 
-torch.set_num_threads(1)  # the models are small: threads would only wait for each other
 HERE = Path(__file__).parent
 # the smallest tokenizer and GPT that have every part: seconds, not minutes
 SMALL = dict(image_size=16, downsample=4, patch_size=2, channels=32, channel_mult=(1, 1), res_blocks=1, z_channels=32,
@@ -166,6 +165,11 @@ def make_folder(root, classes=2, each=60, size=(20, 24)):
     for label in range(classes):
         save_noise(root / f"class {label}", each, size, seed=label)
     return root
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The models are small: threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):

@@ -349,7 +349,8 @@ def main():
             limit = 30 if dtype == torch.float16 else 10  # float16's scale takes some steps to be found
             print0(f"step {step} left out: the gradient is not finite")
             check(num_skipped < limit,
-                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr")
+                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr; "
+                  "the last checkpoint is still good")
         if ema:
             decay = min(args.ema, step / (step + 10))  # smaller in the first steps
             with torch.no_grad():  # the only buffer is constant

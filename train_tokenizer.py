@@ -32,14 +32,17 @@ from fqgan import (
 # resolutions.
 PRESETS = {
     "tiny": dict(
-        image_size=32, downsample=4, patch_size=2, channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4,
-        z_channels=64, codebook_size=256, adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
+        image_size=32, downsample=4, patch_size=2, codebook_size=256,
+        channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
+        adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
         disc_weight=0.0, perceptual_weight=0.0, teachers="none",
-        steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, log_every=50, eval_every=800),
+        steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0,
+        workers=0, log_every=50, eval_every=800),
     "fqgan-ds16": dict(downsample=16, recompute=True),
     "fqgan-ds8": dict(downsample=8, recompute=True),
 }
-PAPER_TEACHERS = {1: "none", 2: "clip_vitl14", 3: "dinov2_vits14,clip_vitb16"}  # by k; 3: for 3 or more
+# by k; 3: for 3 or more
+PAPER_TEACHERS = {1: "none", 2: "clip_vitl14", 3: "dinov2_vits14,clip_vitb16"}
 TEACHERS_HELP = (
     "frozen models that supervise the last sub-codebooks, with commas between: "
     f"{', '.join(TEACHERS)}, or files; none; or paper: the paper's for this k")
@@ -74,7 +77,8 @@ class TrainConfig:
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
 # what a run's weights depend on: a resumed run cannot change it
-FIXED = {f.name for f in fields(FQGANConfig) if f.name != "recompute"} | {"preset", "teachers", "init", "ema"}
+FIXED = {f.name for f in fields(FQGANConfig) if f.name != "recompute"}
+FIXED |= {"preset", "teachers", "init", "ema"}
 
 # -----------------------------------------------------------------------------
 # Helpers
@@ -100,9 +104,11 @@ def load_init(model, init, path):
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(f"--init {path}: does not fit the model that the flags describe ({one_line(error)})") from None
+        raise UserError(f"--init {path}: does not fit the model that the flags describe "
+                        f"({one_line(error)})") from None
     others = [name for name in missing + unexpected if ".feature_head." not in name]
-    check(not others, f"--init {path}: does not fit the model that the flags describe: {len(others)} weights differ")
+    check(not others,
+          f"--init {path}: does not fit the model that the flags describe: {len(others)} weights differ")
 
 @torch.no_grad()
 def evaluate(model, data, args, device):
@@ -113,8 +119,10 @@ def evaluate(model, data, args, device):
     batches = [indices[i:i + size] for i in range(0, len(indices), size)]
     total = torch.zeros(2, device=device)  # sum of PSNR, number of images
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)
-    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers, worker_init_fn=leave_signals_to_main)
-    for images, _ in loader:  # in float32, whatever the model trains in
+    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers,
+                        worker_init_fn=leave_signals_to_main)
+    # in float32, whatever the model trains in
+    for images, _ in loader:
         images = images.to(device)
         ids = model.encode(images)
         total[0] += psnr(images, model.decode(ids)).sum()
@@ -142,17 +150,21 @@ def main():
     elif settings["init"]:
         init = load_tokenizer(settings["init"])
         init_config = asdict(init.config)
-        del init_config["teacher_widths"], init_config["recompute"]  # these are the run's, not the model's
+        # these are the run's, not the model's
+        del init_config["teacher_widths"], init_config["recompute"]
         settings = {**defaults, **preset, **init_config, **flags}
     check(state or settings["overwrite"] or not path.exists(),
-          f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
+          f"{path} exists: --resume continues that run, --overwrite replaces it, "
+          "--out FOLDER leaves it alone")
     check_settings(settings)
     args = pick(TrainConfig, settings)
     config = pick(FQGANConfig, settings)
     check(not config.perceptual_weight or config.image_size >= 16,
-          f"--image-size {config.image_size} is too small for LPIPS: 16 or more, or --perceptual-weight 0")
+          f"--image-size {config.image_size} is too small for LPIPS: 16 or more, "
+          "or --perceptual-weight 0")
     check(not config.disc_weight or config.image_size >= 24,
-          f"--image-size {config.image_size} is too small for the discriminator: 24 or more, or --disc-weight 0")
+          f"--image-size {config.image_size} is too small for the discriminator: 24 or more, "
+          "or --disc-weight 0")
 
     # processes
     device = init_distributed(args.device, args.seed)
@@ -169,7 +181,9 @@ def main():
     with rank0_first():
         teachers = [load_teacher(name).to(device) for name in names]
         lpips = LPIPS().to(device) if config.perceptual_weight else None
-    widths = [teacher_width(teacher, name, config.image_size, device) for teacher, name in zip(teachers, names)]
+    widths = []
+    for teacher, name in zip(teachers, names):
+        widths.append(teacher_width(teacher, name, config.image_size, device))
     config = replace(config, teacher_widths=tuple(widths))
     train_data, val_data = data_parts(args.data, config.image_size)
     check(len(train_data) >= args.batch_size,
@@ -186,27 +200,32 @@ def main():
     if args.ema:
         ema = copy.deepcopy(model).eval().requires_grad_(False)
     disc = Discriminator().to(device) if config.disc_weight else None
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    adam = dict(betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, **adam)
     disc_optimizer = None
     if disc:
-        disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, betas=(0.9, 0.95), fused=True)
+        disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "disc": disc, "disc_optimizer": disc_optimizer}
-    parts = {name: part for name, part in parts.items() if part is not None}  # what a checkpoint holds
+    # what a checkpoint holds
+    parts = {"model": model, "ema": ema, "optimizer": optimizer,
+             "disc": disc, "disc_optimizer": disc_optimizer}
+    parts = {name: part for name, part in parts.items() if part is not None}
 
     # resume
     step = 0
     log = []
     if state:
         check(state["data_fingerprint"] == data_fingerprint,
-              f"{args.data} does not hold the images that the run in {path} began with: others would be held out")
+              f"{args.data} does not hold the images that the run in {path} began with: "
+              "others would be held out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if state["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
         step = state["step"]
         log = read_log(path.with_name("log.csv"), step)
-        check(step < args.steps, f"{path} is already at step {step} of {args.steps}; to go on, give a larger --steps")
+        check(step < args.steps,
+              f"{path} is already at step {step} of {args.steps}; to go on, give a larger --steps")
         del state
 
     # what the training step calls
@@ -215,19 +234,22 @@ def main():
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
         parallel_disc = DistributedDataParallel(disc, broadcast_buffers=False) if disc else None
-    order = training_batches(len(train_data), args.batch_size, args.seed, args.steps, step, rank(), world_size(),
-                             args.accumulate)
-    loader = DataLoader(train_data, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        prefetch_factor=4 if args.workers else None, worker_init_fn=leave_signals_to_main)
+    order = training_batches(len(train_data), args.batch_size, args.seed, args.steps, step,
+                             rank(), world_size(), args.accumulate)
+    loader = DataLoader(train_data, batch_sampler=order, num_workers=args.workers,
+                        pin_memory=device.type == "cuda",
+                        prefetch_factor=4 if args.workers else None,
+                        worker_init_fn=leave_signals_to_main)
     batches = iter(loader)
 
     # say what is about to happen
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print0(f"FQGAN: k={config.k} sub-codebooks of {config.codebook_size} codes, {config.grid}x{config.grid} positions, "
-           f"{millions:.1f} M parameters")
+    print0(f"FQGAN: k={config.k} sub-codebooks of {config.codebook_size} codes, "
+           f"{config.grid}x{config.grid} positions, {millions:.1f} M parameters")
     print0(f"data: {train_data.description}: {len(train_data)} images")
     print0(f"held out: {val_data.description}: {len(val_data)} images")
-    print0(f"steps {step} to {args.steps} of {args.batch_size} images, {world_size()} x {device.type}, {dtype}")
+    print0(f"steps {step} to {args.steps} of {args.batch_size} images, "
+           f"{world_size()} x {device.type}, {dtype}")
     off = {}  # loss -> why
     for name in ("commit", "entropy", "disentangle", "representation", "perceptual", "disc"):
         if getattr(config, f"{name}_weight") == 0:
@@ -251,7 +273,8 @@ def main():
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), on_signal)
 
-    counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)  # chosen codes, for the log
+    # for the log: how often each code was chosen
+    counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)
     num_skipped = 0  # steps in a row that were not finite
     first_step, start_time = step, time.time()
     stopping = False
@@ -268,7 +291,8 @@ def main():
             for group in disc_optimizer.param_groups:
                 group["lr"] = lr_factor * args.disc_lr
 
-        torch.manual_seed(step_seed(args.seed, step, rank()))  # nothing to save: a resumed step draws the same
+        # no random state to save: a resumed step draws the same
+        torch.manual_seed(step_seed(args.seed, step, rank()))
         adversarial = disc is not None and step >= config.disc_start
         step_losses = {}
         for micro_step in range(args.accumulate):
@@ -283,13 +307,17 @@ def main():
             with autocast(device, dtype):
                 with torch.no_grad():
                     features = [teacher(images).float() for teacher in teachers]
-                reconstruction, losses = parallel_model(images, features)  # losses have their weights in them
+                # losses have their weights in them; the entropy's decays
+                reconstruction, losses = parallel_model(images, features)
                 losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / args.steps)
                 if lpips:
-                    losses["perceptual"] = config.perceptual_weight * lpips(images, reconstruction).mean()
+                    distance = lpips(images, reconstruction).mean()
+                    losses["perceptual"] = config.perceptual_weight * distance
                 if adversarial:
-                    disc.requires_grad_(False)  # and called without DDP: it gets no gradient here
-                    losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
+                    # the discriminator gets no gradient here, and so needs no DDP
+                    disc.requires_grad_(False)
+                    logits = disc(reconstruction).float()
+                    losses["adversarial"] = -config.disc_weight * logits.mean()
 
             # backward
             loss = sum(losses.values()) / args.accumulate
@@ -299,14 +327,15 @@ def main():
                 with autocast(device, dtype):
                     real = parallel_disc(images)
                     fake = parallel_disc(reconstruction.detach())
-                    losses["discriminator"] = config.disc_weight * hinge_loss(real, fake)  # weighted as in the paper
+                    losses["discriminator"] = config.disc_weight * hinge_loss(real, fake)
                 scaler.scale(losses["discriminator"] / args.accumulate).backward()
 
             # for the log
             for name, loss in losses.items():
                 step_losses[name] = step_losses.get(name, 0) + loss.detach() / args.accumulate
             for i, branch in enumerate(model.branches):
-                counts[i] += torch.bincount(branch.quantizer.last_ids.flatten(), minlength=config.codebook_size)
+                ids = branch.quantizer.last_ids.flatten()
+                counts[i] += torch.bincount(ids, minlength=config.codebook_size)
 
         # step, unless a gradient is not finite
         all_finite = True
@@ -314,7 +343,8 @@ def main():
             if module is None or (module is disc and not adversarial):
                 continue
             scaler.unscale_(module_optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), args.grad_clip or math.inf)
+            max_norm = args.grad_clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
             if norm.isfinite():
                 scaler.step(module_optimizer)
             else:
@@ -326,11 +356,13 @@ def main():
             num_skipped = 0
         else:
             num_skipped += 1
-            limit = 30 if dtype == torch.float16 else 10  # float16's scale takes some steps to be found
-            bad = [name for name, loss in step_losses.items() if not loss.isfinite()] or ["the gradient"]
-            print0(f"step {step} left out: {', '.join(bad)} not finite")
+            # float16's scale takes some steps to be found
+            limit = 30 if dtype == torch.float16 else 10
+            bad = [name for name, loss in step_losses.items() if not loss.isfinite()]
+            print0(f"step {step} left out: {', '.join(bad) or 'the gradient'} not finite")
             check(num_skipped < limit,
-                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr")
+                  f"{num_skipped} steps in a row were not finite, step {step} the last: try a smaller --lr; "
+                  "the last checkpoint is still good")
         if ema:
             decay = min(args.ema, step / (step + 10))  # smaller in the first steps
             with torch.no_grad():  # there are no buffers
@@ -347,7 +379,8 @@ def main():
             disc_loss = row.pop("discriminator", None)
             usage, perplexity = code_usage(all_reduce(counts))
             counts.zero_()
-            text = f"loss {sum(row.values()):.4f} = " + " + ".join(f"{name} {value:.4f}" for name, value in row.items())
+            terms = [f"{name} {value:.4f}" for name, value in row.items()]
+            text = f"loss {sum(row.values()):.4f} = {' + '.join(terms)}"
             if disc_loss is not None:
                 text += f" | discriminator {disc_loss:.3f}"
             text += f" | codes used {joined(100 * usage, '.0f')} %"
@@ -371,8 +404,9 @@ def main():
         if step % args.eval_every == 0 or step == args.steps or stopping:
             if rank() == 0:
                 contents = {name: part.state_dict() for name, part in parts.items()}
-                contents |= {"kind": "tokenizer", "config": asdict(config), "settings": settings, "step": step,
-                             "scaler": scaler.state_dict(), "data_fingerprint": data_fingerprint}
+                contents |= {"kind": "tokenizer", "config": asdict(config), "settings": settings,
+                             "step": step, "scaler": scaler.state_dict(),
+                             "data_fingerprint": data_fingerprint}
                 save_checkpoint(path, contents)
                 if args.keep:
                     save_checkpoint(path.with_stem(f"tokenizer_{step}"), contents)
@@ -381,7 +415,8 @@ def main():
                 shown = ema or model.eval()
                 value, usage, perplexity = evaluate(shown, val_data, args, device)
                 print0(f"step {step}/{args.steps}  held out: PSNR {value:.2f} dB, codes used "
-                       f"{joined([100 * u for u in usage], '.1f')} %, perplexity {joined(perplexity, '.0f')}")
+                       f"{joined([100 * u for u in usage], '.1f')} %, "
+                       f"perplexity {joined(perplexity, '.0f')}")
                 row = {"step": step, "val_psnr": value}
                 for i in range(config.k):
                     row[f"val_usage_{i + 1}"] = usage[i]
