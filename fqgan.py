@@ -1,9 +1,9 @@
 """
 FQGAN in one file: a factorized visual tokenizer, and the autoregressive model that generates its tokens.
 
-A convolutional encoder feeds k transformer adapters. Each has a codebook of its own, and the decoder
-rebuilds the image from all k codes of a position. A GPT learns to generate the codes. Read the file
-from top to bottom; the last section, "Running", is what the scripts share, and can be left out.
+A convolutional encoder feeds k transformer adapters. Each has a codebook of its own, and the decoder rebuilds
+the image from all k codes of a position. A GPT learns to generate the codes. Read the file in its order; the
+last section, "Running", is what the scripts share, and can be left out.
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
