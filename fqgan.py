@@ -1246,6 +1246,7 @@ class GPT(nn.Module):
         top_k = self.one_for_each_code("top_k", top_k)
         top_p = self.one_for_each_code("top_p", top_p)
         check(0 < min(top_p) and max(top_p) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+        check(all(v == int(v) for v in top_k), f"top_k is {top_k}; it must be a whole number")
 
         guided = any(scale != 1 for scale in cfg_scale)
         if guided:  # the first half of every batch below is with the class, the second without
