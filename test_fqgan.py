@@ -895,7 +895,8 @@ def test_sampling_gives_the_mode_back(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     dict(cfg_scale=[1.0, 2.0]), dict(cfg_scale=math.inf), dict(temperature=-1), dict(temperature=[1.0, math.nan, 1.0]),
-    dict(top_p=0.0), dict(top_k=0.5), dict(top_k=[1, 2, 3, 4]), dict(labels=torch.tensor([6])), dict(labels=torch.tensor([-1]))])
+    dict(top_p=0.0), dict(top_k=0.5), dict(top_k=[1, 2, 3, 4]),
+    dict(labels=torch.tensor([6])), dict(labels=torch.tensor([-1]))])
 def test_sampling_parameters_out_of_range(options):
     name, = options
     with refused("labels run from (6|-1)" if name == "labels" else name):
