@@ -1760,11 +1760,11 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
 
     parts = [(model, optimizer, 0.004), (disc, disc_optimizer, 0.0005)]
     ema = plain_run(parts, add_gradients, len(data))
-    assert nearly_same(state["model"], model.state_dict(), atol=1e-4)
-    assert nearly_same(state["disc"], disc.state_dict(), atol=1e-4)
+    assert nearly_same(state["model"], model.state_dict())
+    assert nearly_same(state["disc"], disc.state_dict())
     assert nearly_same(moments(state["optimizer"]), moments(optimizer.state_dict()), atol=1e-6)
     assert nearly_same(moments(state["disc_optimizer"]), moments(disc_optimizer.state_dict()), atol=1e-6)
-    assert nearly_same(state["ema"], ema.state_dict(), atol=1e-4) and not nearly_same(state["ema"], state["model"])
+    assert nearly_same(state["ema"], ema.state_dict()) and not nearly_same(state["ema"], state["model"])
 
     loaded = fqgan.load_tokenizer(tmp_path / "tokenizer.pt")
     assert same(dict(loaded.state_dict()), state["ema"]), "what is evaluated and loaded is the average"
@@ -2214,7 +2214,7 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
             settings = train_tokenizer.PRESETS[getattr(args, "preset", "tiny")] | vars(args)
             fqgan.pick(FQGANConfig, settings)
         seen.append(name)
-    assert set(seen) == set(SCRIPTS) and len(seen) >= 15
+    assert set(seen) == set(SCRIPTS) and len(seen) >= 18
 
 @pytest.mark.parametrize("script, argv, message", [
     (train_tokenizer, "--k 0", "k is 0"),
