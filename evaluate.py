@@ -370,14 +370,17 @@ def evaluate_tokenizer(metrics, options):
         for batch, labels in images.batches():
             yield tokenizer.encode(from_uint8(batch)), labels
 
+    encoded = []  # what score() has encoded of this rank's images: (ids, labels)
+
     def reconstruct():
-        for ids, labels in encode(images):
-            yield to_uint8(tokenizer.decode(ids)), labels
+        for ids, labels in encoded:
+            yield to_uint8(tokenizer.decode(ids.to(options.device))), labels
 
     def score():
         for batch, labels in images.batches():
             originals = from_uint8(batch)
             ids = tokenizer.encode(originals)
+            encoded.append((ids.cpu(), labels))
             decoded = from_uint8(to_uint8(tokenizer.decode(ids)))
             scores = [distance(originals, decoded) for distance in distances.values()]
             yield torch.stack(scores, 1), ids, labels
