@@ -5,6 +5,7 @@ $ python evaluate.py                                          # out/tokenizer.pt
 $ python evaluate.py --gpt out/gpt.pt --n 50000 --real VIRTUAL_imagenet256_labeled.npz
 $ python evaluate.py --real photos/ --fake samples/           # folders of images, or .npz files
 $ python evaluate.py --features dinov2_vitb14                 # another network in place of FID's
+$ python evaluate.py --gpt out/gpt.pt --sweep 1.5,2,3 0.9,1   # each guidance at each temperature
 $ torchrun --nproc-per-node=8 evaluate.py --json metrics.json # the same metrics, sooner
 
 The protocol is that of ADM's evaluator: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233.
@@ -13,9 +14,10 @@ The protocol is that of ADM's evaluator: Dhariwal and Nichol, https://arxiv.org/
 import json
 import math
 import os
+from argparse import Namespace
 from collections import namedtuple
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -286,40 +288,50 @@ def have_classes(train, held_out):
     """Whether there are several classes, the same in both parts."""
     return len(train.classes) > 1 and train.classes == held_out.classes and train.description != held_out.description
 
-def compare(metrics, prefix, real, fake, options, parts=None):
-    """Two sets. parts: training and held-out images with the fakes' classes, if there are any"""
+def compare(metrics, prefix, real, fakes, options, parts=None):
+    """
+    A set against others: -> on rank 0 the figures of each of the others, a list of dicts, whose first goes into
+    `metrics`. parts: training and held-out images with the fakes' classes, if there are any
+    """
     name = prefix + ("fd" if options.features else "fid")
     network_name = options.features or "Inception 2015-12-05, TensorFlow 1's resize"
-    metrics["protocol"] = f"{network_name}; {fake.description}; against {real.description}"
-    if any(0 < size < 4 for size in (real.size, fake.size)):
+    metrics["protocol"] = f"{network_name}; {fakes[0].description}; against {real.description}"
+    if any(0 < images.size < 4 for images in (real, *fakes)):
         metrics[name] = "fewer than 4 images"
-        return
-    network = feature_network(options, metrics, name) if real.size or fake.size else None
+        return []
+    need_network = any(images.size for images in (real, *fakes))
+    network = feature_network(options, metrics, name) if need_network else None
     if name in metrics:
-        return
+        return []
     real_features, _, _ = measure(real, network)
-    features, logits, labels = measure(fake, network)
     can_name = options.features and parts and have_classes(*parts)
     if can_name:
-        n = min(10_000, 5 * fake.size)
+        n = min(10_000, 5 * fakes[0].size)
         train_x, _, train_labels = measure(part_of(parts[0], n, options), network)
         held_x, _, held_labels = measure(part_of(parts[1], n, options), network)
-    if rank() > 0:
-        return
-
-    mu, sigma = real.statistics or statistics_of(real_features)
-    metrics[name] = frechet_distance(mu, sigma, *(fake.statistics or statistics_of(features)))
-    if options.save_stats:
+    if rank() == 0:
+        mu, sigma = real.statistics or statistics_of(real_features)
+    if options.save_stats and rank() == 0:
         with atomic_write(options.save_stats) as tmp, open(tmp, "wb") as file:
             np.savez(file, mu=mu, sigma=sigma)
-    if real.size and fake.size:
-        device = options.device if options.device.type == "cuda" else "cpu"  # mps has no float64
-        metrics["precision"], metrics["recall"] = precision_recall(real_features.to(device), features.to(device))
-    if fake.size and not options.features:
-        metrics["inception_score"], metrics["inception_score_deviation"] = inception_score(logits)
-    if can_name:  # the share whose class a linear classifier, fitted on real features, gets right
-        metrics["named"] = linear_probe(train_x, train_labels, features, labels)
-        metrics["named_real"] = linear_probe(train_x, train_labels, held_x, held_labels)
+
+    figures = []
+    for fake in fakes:
+        features, logits, labels = measure(fake, network)
+        if rank() > 0:
+            continue
+        row = {name: frechet_distance(mu, sigma, *(fake.statistics or statistics_of(features)))}
+        if real.size and fake.size:
+            device = options.device if options.device.type == "cuda" else "cpu"  # mps has no float64
+            row["precision"], row["recall"] = precision_recall(real_features.to(device), features.to(device))
+        if fake.size and not options.features:
+            row["inception_score"], row["inception_score_deviation"] = inception_score(logits)
+        if can_name:  # the share whose class a linear classifier, fitted on real features, gets right
+            row["named"] = linear_probe(train_x, train_labels, features, labels)
+            row["named_real"] = linear_probe(train_x, train_labels, held_x, held_labels)
+        figures.append(row)
+    metrics.update(*figures[:1])
+    return figures
 
 def evaluate_gpt(metrics, options):
     gpt, tokenizer, classes = load_generator(options.gpt, options.tokenizer, options.device, options.grid)
@@ -334,15 +346,28 @@ def evaluate_gpt(metrics, options):
     if options.real:
         real = open_set(options.real, options, image_size)
 
-    def sample():
-        batches = rank_batches(len(labels), options.batch_size)
-        for batch, images in generate_images(gpt, tokenizer, labels, batches, options):
-            yield to_uint8(images), labels[batch.start:batch.stop]
+    def samples(options):
+        def generate():
+            batches = rank_batches(len(labels), options.batch_size)
+            for batch, images in generate_images(gpt, tokenizer, labels, batches, options):
+                yield to_uint8(images), labels[batch.start:batch.stop]
 
-    names = ("cfg_scale", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype")
-    flags = ", ".join(f"{name} {getattr(options, name)}" for name in names)
-    description = f"{len(labels)} samples of {options.gpt}, labels balanced, {flags}, {ROUNDING}"
-    compare(metrics, "", real, ImageSet(description, len(labels), sample), options, parts)
+        names = ("cfg_scale", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype")
+        flags = ", ".join(f"{name} {getattr(options, name)}" for name in names)
+        description = f"{len(labels)} samples of {options.gpt}, labels balanced, {flags}, {ROUNDING}"
+        return ImageSet(description, len(labels), generate)
+
+    settings = [options]
+    if options.sweep:
+        settings = []
+        for scale, temperature in product(*options.sweep):
+            given = vars(options) | {"cfg_scale": scale, "temperature": temperature}
+            settings.append(Namespace(**given))
+    figures = compare(metrics, "", real, [samples(setting) for setting in settings], options, parts)
+    if options.sweep:
+        metrics["sweep"] = []
+        for setting, row in zip(settings, figures):
+            metrics["sweep"].append({"cfg_scale": setting.cfg_scale, "temperature": setting.temperature, **row})
 
 def evaluate_tokenizer(metrics, options):
     path = Path(options.tokenizer or "out/tokenizer.pt")
@@ -390,7 +415,7 @@ def evaluate_tokenizer(metrics, options):
         metrics.update(zip(distances, scored[0].mean(0).tolist()))
     probe = collect(encode(train), "codes for the probe") if have_classes(*parts) else None
     description = f"its {images.size} reconstructions, {ROUNDING}"
-    compare(metrics, "r", images, ImageSet(description, images.size, reconstruct), options, parts)
+    compare(metrics, "r", images, [ImageSet(description, images.size, reconstruct)], options, parts)
     if rank() > 0:
         return
 
@@ -416,6 +441,7 @@ def evaluate_tokenizer(metrics, options):
 
 def report(metrics, options):
     protocol = metrics.pop("protocol")
+    sweep = metrics.pop("sweep", [])
     network = Path(options.features or "").name
     titles = {"fid": "FID", "rfid": "rFID", "fd": f"FD ({network})", "rfd": f"rFD ({network})"}
     for name, value in metrics.items():
@@ -423,10 +449,18 @@ def report(metrics, options):
         print0(f"{title:36s}" + (f"n/a: {value}" if isinstance(value, str) else f"{value:.4f}"))
         if name in titles:
             print0(f"    {protocol}")
+    for row in sweep:
+        print0("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
     if options.json and rank() == 0:
         missing = {name: value for name, value in metrics.items() if isinstance(value, str)}
         contents = metrics | dict.fromkeys(missing) | {"missing": missing, "protocol": protocol}
+        if sweep:
+            contents["sweep"] = sweep
         Path(options.json).write_text(json.dumps(contents, indent=1))
+
+def floats(text):
+    """"1.5,2" -> [1.5, 2.0]"""
+    return [float(word) for word in text.split(",")]
 
 def main():
     parser = Parser(__doc__)
@@ -440,6 +474,8 @@ def main():
     add("--n", "--count", type=int, help="images (default: all held-out ones) or samples (default: 5000, the classes "
         "in turn); torchrun has its own --n: use --count")
     add("--grid", type=int, help="positions along a side, for published GPTs of 384 pixels: 24")
+    add("--sweep", nargs=2, type=floats, metavar=("SCALES", "TEMPERATURES"), help="with --gpt: a row of figures "
+        "for each guidance at each temperature, such as 1.5,2,3 0.9,1")
     add("--features", metavar="NAME", help="a network in place of FID's: a name or file, as for --teachers")
     add("--save-stats", metavar="FILE", help="write mu and sigma of the real images, for --real")
     add("--json", metavar="FILE", help="write the metrics there too")
@@ -454,6 +490,7 @@ def main():
     check(not (options.fake and options.n), "--n does not apply to --real and --fake, which are taken whole")
     check(not options.out or options.out.suffix.lower() in IMAGE_ENDINGS,
           f"--out {options.out}: name a picture, such as evaluate.png")
+    check(options.gpt or not options.sweep, "--sweep goes with --gpt")
     check(not (options.gpt and options.fake), "--gpt and --fake exclude each other")
     check(bool(options.fake) == bool(options.real and not options.gpt), "--real goes with --fake or with --gpt")
     for file in filter(None, (options.json, options.save_stats, options.out)):
@@ -464,7 +501,7 @@ def main():
         if options.gpt:
             evaluate_gpt(metrics, options)
         elif options.fake:
-            compare(metrics, "", open_set(options.real, options), open_set(options.fake, options), options)
+            compare(metrics, "", open_set(options.real, options), [open_set(options.fake, options)], options)
         else:
             evaluate_tokenizer(metrics, options)
     report(metrics, options)

@@ -1808,6 +1808,24 @@ def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
     assert math.isclose(float(row["val_loss"]), expected, rel_tol=1e-4)
     assert not math.isclose(float(row["val_loss_1"]), expected, rel_tol=1e-6), "of one sub-codebook, not the mean"
 
+@pytest.mark.parametrize("lr", [0.0, 0.01])
+def test_muon(lr, tmp_path, trained):
+    """It has the matrices of trunk and head, AdamW all the rest; the outputs of the blocks start at zero."""
+    flags = [*TINY_GPT_RUN, *as_flags(PLAIN_RUN | dict(lr=lr)), "--muon", "--data", make_folder(tmp_path / "images")]
+    call(train_gpt, "--out", tmp_path, "--tokenizer", trained / "tokenizer.pt", *flags)
+    state = load(tmp_path / "gpt.pt")
+    torch.manual_seed(0)
+    before = GPT(GPTConfig(**state["config"])).state_dict()
+    hidden = [name for name, p in before.items() if name.startswith(("trunk", "head")) and p.ndim > 1]
+    assert len(hidden) == 15 == len(state["muon"]["state"])  # five in each of three blocks
+    assert len(state["optimizer"]["state"]) == len(before) - 15
+    for name in hidden:
+        now = state["model"][name]
+        if name.endswith(("attn.proj.weight", "mlp.w2.weight")):
+            assert now.any() == (lr > 0), name
+        else:
+            assert torch.equal(now, before[name]) == (lr == 0), name
+
 def end_after(monkeypatch, script, saves):
     """The run ends right after its n-th checkpoint, as in a power cut."""
     save = script.save_checkpoint
@@ -1822,7 +1840,7 @@ def end_after(monkeypatch, script, saves):
 
 FULL_TOKENIZER = as_flags(SMALL | FEW_STEPS | dict(
     k=2, image_size=24, disc_weight=0.5, disc_start=2, ema=0.9, accumulate=2, log_every=3, warmup=2, final_lr=0.1))
-FULL_GPT = [*TINY_GPT_RUN, *as_flags(dict(ema=0.9, dropout=0.1, crops=2))]
+FULL_GPT = [*TINY_GPT_RUN, *as_flags(dict(ema=0.9, dropout=0.1, crops=2, muon=True))]
 
 @pytest.mark.parametrize("script, name, log", [
     (train_tokenizer, "tokenizer.pt", "log.csv"), (train_gpt, "gpt.pt", "gpt_log.csv")])
@@ -2729,6 +2747,17 @@ def test_another_network_in_the_place_of_inception(tmp_path, trained, own_networ
     samples = metrics_of(tmp_path, "--gpt", trained / "gpt.pt", "--n", 20, "--features", own_network)
     assert {"fd", "precision", "recall", "named", "named_real"} <= samples.keys()
     assert "against 2000 images, shapes, held-out part" in samples["protocol"]
+
+def test_sweep(tmp_path, trained, own_network, capsys):
+    """A row for each guidance at each temperature, and each row is what these flags alone give."""
+    flags = ["--gpt", trained / "gpt.pt", "--n", 20, "--features", own_network]
+    rows = metrics_of(tmp_path, *flags, "--sweep", "1.5,3", "0.5,1")["sweep"]
+    assert [(row["cfg_scale"], row["temperature"]) for row in rows] == [(1.5, 0.5), (1.5, 1), (3, 0.5), (3, 1)]
+    assert "cfg_scale 3.000  temperature 0.500  fd" in capsys.readouterr().out
+    alone = metrics_of(tmp_path, *flags, "--cfg-scale", 3, "--temperature", 0.5)
+    assert all(math.isclose(rows[2][name], alone[name], rel_tol=1e-6) for name in ("fd", "precision", "named"))
+    with refused("--sweep goes with --gpt"):
+        call(evaluate, "--sweep", "1", "1")
 
 def test_unreadable_images_in_the_held_out_part(tmp_path, capsys):
     """2 of 300, both held out, ended the run at its first evaluation: the 1 % is of the whole data set."""

@@ -57,6 +57,7 @@ class TrainConfig:
     lr: float = flag(2e-4, "learning rate")
     warmup: int = flag(0, "steps over which the learning rate rises from 0")
     final_lr: float = flag(1.0, "share of the learning rate at the end of a cosine decay; 1: none")
+    muon: bool = flag(False, "train the blocks' matrices with Muon, and start their outputs at zero")
     weight_decay: float = flag(0.05, "weight decay of matrices")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 for no limit")
     ema: float = flag(0.0, "decay of a moving average of the weights, used in their place")
@@ -73,7 +74,7 @@ class TrainConfig:
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
 # what a run's weights depend on: a resumed run cannot change it
-FIXED = {f.name for f in fields(GPTConfig)} | {"preset", "tokenizer", "crops", "ema"}
+FIXED = {f.name for f in fields(GPTConfig)} | {"preset", "tokenizer", "crops", "muon", "ema"}
 
 # -----------------------------------------------------------------------------
 # The token cache
@@ -248,18 +249,34 @@ def main():
     train_tokens = load_tokens(path.with_name("tokens_train.npy"), train_data, tokenizer, args.crops, args, device)
     val_tokens = load_tokens(path.with_name("tokens_val.npy"), val_data, tokenizer, 1, args, device)
 
-    # model and optimizer
+    # model and optimizers
     torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
     model = GPT(config).to(device)
+    if args.muon:
+        for block in (*model.trunk, *model.head):
+            torch.nn.init.zeros_(block.attn.proj.weight)
+            torch.nn.init.zeros_(block.mlp.w2.weight)
     ema = None
     if args.ema:
         ema = copy.deepcopy(model).eval().requires_grad_(False)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    hidden = []
+    matrices = []
+    vectors = []
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            vectors.append(p)
+        elif args.muon and name.startswith(("trunk.", "head.")):
+            hidden.append(p)
+        else:
+            matrices.append(p)
+    optimizers = {}
+    if hidden:  # updates scaled to the size of AdamW's, so that the learning rate is the same
+        optimizers["muon"] = torch.optim.Muon(hidden, lr=args.lr, weight_decay=args.weight_decay,
+                                              adjust_lr_fn="match_rms_adamw")
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizers["optimizer"] = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
+    parts = {"model": model, "ema": ema, **optimizers}
     parts = {name: part for name, part in parts.items() if part is not None}  # what a checkpoint holds
 
     # resume
@@ -317,8 +334,9 @@ def main():
         lr = args.lr * (args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
         if step < args.warmup:
             lr = args.lr * (step + 1) / args.warmup
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
         # forward and backward
         torch.manual_seed(step_seed(args.seed, step, rank()))  # nothing to save: a resumed step draws the same
@@ -335,11 +353,13 @@ def main():
             step_loss = step_loss + loss.detach() / args.accumulate
 
         # step, unless the gradient is not finite
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers.values():
+            scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         if norm.isfinite():
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers.values():
+                scaler.step(optimizer)
+        model.zero_grad(set_to_none=True)
         scaler.update()
         step += 1
         if norm.isfinite():
