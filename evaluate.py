@@ -311,6 +311,8 @@ def compare(metrics, prefix, real, fakes, options, parts=None):
         held_x, _, held_labels = measure(part_of(parts[1], n, options), network)
     if rank() == 0:
         mu, sigma = real.statistics or statistics_of(real_features)
+        if can_name:
+            named_real = linear_probe(train_x, train_labels, held_x, held_labels)
     if options.save_stats and rank() == 0:
         with atomic_write(options.save_stats) as tmp, open(tmp, "wb") as file:
             np.savez(file, mu=mu, sigma=sigma)
@@ -328,7 +330,7 @@ def compare(metrics, prefix, real, fakes, options, parts=None):
             row["inception_score"], row["inception_score_deviation"] = inception_score(logits)
         if can_name:  # the share whose class a linear classifier, fitted on real features, gets right
             row["named"] = linear_probe(train_x, train_labels, features, labels)
-            row["named_real"] = linear_probe(train_x, train_labels, held_x, held_labels)
+            row["named_real"] = named_real
         figures.append(row)
     metrics.update(*figures[:1])
     return figures
@@ -357,12 +359,11 @@ def evaluate_gpt(metrics, options):
         description = f"{len(labels)} samples of {options.gpt}, labels balanced, {flags}, {ROUNDING}"
         return ImageSet(description, len(labels), generate)
 
-    settings = [options]
-    if options.sweep:
-        settings = []
-        for scale, temperature in product(*options.sweep):
-            given = vars(options) | {"cfg_scale": scale, "temperature": temperature}
-            settings.append(Namespace(**given))
+    scales, temperatures = options.sweep or ([options.cfg_scale], [options.temperature])
+    settings = []
+    for scale, temperature in product(scales, temperatures):
+        given = vars(options) | {"cfg_scale": scale, "temperature": temperature}
+        settings.append(Namespace(**given))
     figures = compare(metrics, "", real, [samples(setting) for setting in settings], options, parts)
     if options.sweep:
         metrics["sweep"] = []
