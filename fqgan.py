@@ -558,7 +558,8 @@ class FQGANConfig:
     entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
     representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
-    perceptual_weight: float = flag(1.0, "weight of LPIPS; 0 for none")
+    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
+    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
     disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
     disc_start: int = flag(20_000, "step from which the adversarial losses are on")
     teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
@@ -568,6 +569,7 @@ class FQGANConfig:
             value = getattr(self, f.name)
             low = 0 if f.name in ("adapter_depth", "disc_start") else 1
             check(f.type is not int or value >= low, f"{f.name} is {value}; it must be at least {low}")
+        check(self.perceptual in ("lpips", "random"), f"perceptual is {self.perceptual!r}; choose lpips or random")
         for name in ("entropy_temperature", "entropy_final"):
             check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         check(self.downsample.bit_count() == 1 < self.downsample, f"downsample {self.downsample} is not a power of two")
@@ -1037,6 +1039,35 @@ class LPIPS(nn.Module):
             distance = distance + difference.sum(1).mean((1, 2))
         return distance
 
+class RandomFeatures(nn.Module):
+    """
+    A perceptual distance without a download: LPIPS's, in the features of four convolutions with random weights, always
+    the same, each normalized by the statistics of its batch. images (B,3,H,W) in [-1,1] twice -> (B,).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            for c_in, c_out, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 2)):
+                self.convs.append(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False))
+        self.requires_grad_(False)
+
+    def feature_maps(self, images):
+        """Yields the four feature maps, of unit length over the channels."""
+        x = to_channels_last(images)
+        for conv in self.convs:
+            x = F.batch_norm(conv(x), None, None, training=True)
+            x = F.leaky_relu(x, 0.2)
+            yield F.normalize(x.float(), dim=1)
+
+    def forward(self, images, others):
+        distance = 0
+        for a, b in zip(self.feature_maps(images), self.feature_maps(others)):
+            distance = distance + (a - b).square().sum(1).mean((1, 2))
+        return distance
+
 class Discriminator(nn.Module):
     """PatchGAN (https://arxiv.org/abs/1611.07004): images (B,3,H,W) -> logits (B,1,h,w) of 70x70 patches."""
 
@@ -1149,6 +1180,7 @@ class GPTConfig:
     head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 for k linear classifiers")
     dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
     label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
+    class_everywhere: bool = flag(False, "add the class to the trunk's input at every position")
 
     def __post_init__(self):
         for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd", "head_layers"):
@@ -1208,7 +1240,10 @@ class GPT(nn.Module):
         # trunk: the class, then every position but the last
         embedded = [table(ids[:, i]) for i, table in enumerate(self.token_embeddings)]  # k of (B, P, D)
         tokens = self.token_proj(torch.cat(embedded, -1))
-        x = torch.cat([self.class_embedding(labels)[:, None], tokens[:, :-1]], 1)  # (B, P, D)
+        class_token = self.class_embedding(labels)[:, None]  # (B, 1, D)
+        if c.class_everywhere:
+            tokens = tokens + class_token
+        x = torch.cat([class_token, tokens[:, :-1]], 1)  # (B, P, D)
         x = self.dropout(x)
         for block in self.trunk:
             x = block(x, rotary=self.rotary[:, :P])
@@ -1253,7 +1288,8 @@ class GPT(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
         head_dim = c.n_embd // c.n_head
         rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
-        x = self.class_embedding(labels)[:, None]  # (B or 2B, 1, D), as every x below
+        class_token = self.class_embedding(labels)[:, None]
+        x = class_token  # (B or 2B, 1, D), as every x below
         trunk_caches = [x.new_empty(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
         head_caches = [x.new_empty(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
         ids = labels.new_empty(B, c.k, c.grid**2)
@@ -1282,6 +1318,8 @@ class GPT(nn.Module):
 
                 # the next input of the trunk
                 x = self.token_proj(torch.cat(embedded, -1))
+                if c.class_everywhere:
+                    x = x + class_token
         return ids.unflatten(2, (c.grid, c.grid))
 
     def one_for_each_code(self, name, value):

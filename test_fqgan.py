@@ -828,6 +828,18 @@ def test_null_class_replaces_labels_in_training():
     model.eval()(ids, labels)
     assert set(seen[0]) == {2, 5} and 160 < seen[0].count(5) < 240 and seen[1] == [2] * 400
 
+def test_class_at_every_position():
+    """The class is in the input of every position: it moves each one's logits also where attention to it is cut."""
+    model = small_gpt(class_everywhere=True)
+    for block in model.trunk:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    ids, _ = random_batch(model, 1)
+    logits = [model(ids, torch.tensor([label]))[0] for label in (1, 2)]
+    assert (logits[0] != logits[1]).any(-1).all()
+    model.config.class_everywhere = False
+    logits = [model(ids, torch.tensor([label]))[0] for label in (1, 2)]
+    assert (logits[0] != logits[1]).any(-1)[0, :, 0].all() and torch.equal(logits[0][:, :, 1:], logits[1][:, :, 1:])
+
 # -----------------------------------------------------------------------------
 # Sampling
 
@@ -853,7 +865,7 @@ def seeded(seed):
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5, 0.0, 0.3, 0.5, 0.99])
 def test_cached_sampling_is_uncached_sampling(k, head_layers, cfg_scale):
     """A scale below 1 was taken for 1."""
-    model = small_gpt(k, head_layers=head_layers)
+    model = small_gpt(k, head_layers=head_layers, class_everywhere=k == 3)
     labels = torch.tensor([0, 3, 3])
     plain = uncached(model, labels, [cfg_scale] * k, [1.0] * k, [0] * k, [1.0] * k, seeded(1))
     ids = model.generate(labels, cfg_scale, generator=seeded(1))
@@ -1510,6 +1522,36 @@ def test_lpips_against_its_formula(tmp_path):
     with refused("does not hold the weights that belong there"):
         fqgan.LPIPS(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
 
+def test_random_features_against_their_formula():
+    torch.manual_seed(1)
+    distance = fqgan.RandomFeatures()
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after), "the caller's random state is left alone"
+    torch.manual_seed(2)
+    assert same(fqgan.RandomFeatures().state_dict(), distance.state_dict()), "always the same weights"
+
+    images, others = uniform(2, 3, 3, 16, 16)
+    expected = 0
+    x, y = images, others
+    for conv in distance.convs:
+        unit = []
+        for maps in (conv(x), conv(y)):
+            mean = maps.mean((0, 2, 3), keepdim=True)
+            deviation = maps.var((0, 2, 3), keepdim=True, correction=0).add(1e-5).sqrt()
+            maps = (maps - mean) / deviation
+            maps = torch.where(maps > 0, maps, 0.2 * maps)
+            unit.append(maps / maps.square().sum(1, keepdim=True).sqrt())
+            x, y = y, maps
+        expected += (unit[0] - unit[1]).square().sum(1).mean((1, 2))
+    assert torch.allclose(distance(images, others), expected, rtol=1e-3)
+    assert torch.equal(distance(images, images), torch.zeros(3))
+
+    others.requires_grad_(True)
+    distance(images, others).sum().backward()
+    assert others.grad.isfinite().all() and others.grad.any()
+    assert not any(p.requires_grad for p in distance.train().parameters())
+
 def test_fetch(tmp_path, monkeypatch):
     """Once, checked; a copy that was damaged is fetched again; nothing partial stays."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -1722,16 +1764,16 @@ def moments(state):
     return tensors
 
 class Distance(torch.nn.Module):
-    """In the place of LPIPS, whose weights are not at hand."""
+    """In the place of RandomFeatures: with their loss, rounding alone grows above this test's tolerance."""
 
     def forward(self, images, others):
         return (images - others).abs().mean((1, 2, 3))
 
 def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     """Learning rates, accumulation, clipping, moving average, every term with its weight and its start."""
-    monkeypatch.setattr(train_tokenizer, "LPIPS", Distance)
+    monkeypatch.setattr(train_tokenizer, "RandomFeatures", Distance)
     losses = dict(
-        perceptual_weight=0.7, disc_weight=0.5, disc_start=2, disc_lr=0.0005, entropy_final=0.03, entropy_weight=0.05,
+        perceptual="random", perceptual_weight=0.7, disc_weight=0.5, disc_start=2, disc_lr=0.0005, entropy_final=0.03, entropy_weight=0.05,
         commit_weight=0.4, disentangle_weight=0.2,
     )
     flags = as_flags(SMALL | FEW_STEPS | PLAIN_RUN | losses | dict(k=2, image_size=24))
@@ -2241,6 +2283,7 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--image-size 30", "not divisible by downsample 4: 28 is"),
     (train_tokenizer, "--image-size 16 --disc-weight 1", "too small for the discriminator"),
     (train_tokenizer, "--image-size 8 --perceptual-weight 1", "too small for LPIPS: 16 or more"),
+    (train_tokenizer, "--perceptual vgg", "perceptual is 'vgg'; choose lpips or random"),
     (train_tokenizer, "--data nowhere", "no such folder"),
     (train_tokenizer, "--batch-size 30000", "20000 images are fewer than one batch"),
     (train_tokenizer, "--batch-size 9 --accumulate 2", "not divisible"),

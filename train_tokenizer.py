@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from fqgan import (
-    Discriminator, FQGAN, FQGANConfig, LPIPS, TEACHERS, UserError, all_reduce, autocast,
-    check, check_settings, cli, code_usage, data_parts, duration, fixed_sample, flag,
+    Discriminator, FQGAN, FQGANConfig, LPIPS, RandomFeatures, TEACHERS, UserError, all_reduce,
+    autocast, check, check_settings, cli, code_usage, data_parts, duration, fixed_sample, flag,
     hinge_loss, init_distributed, leave_signals_to_main, load_checkpoint, load_teacher,
     load_tokenizer, one_line, parse_flags, pick, pick_dtype, print0, psnr, rank,
     rank0_first, read_log, reconstruction_rows, resumed_settings, save_checkpoint,
@@ -29,15 +29,17 @@ from fqgan import (
 # Settings: defaults, over them a preset, then the model flags of --init, then the command line
 
 # The defaults are the paper's recipe (section 4.1 and the official training script); fqgan-ds16 and -ds8 are its two
-# resolutions.
+# resolutions. cifar10 is this project's own.
+TINY = dict(
+    image_size=32, downsample=4, patch_size=2, codebook_size=256,
+    channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
+    adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
+    disc_weight=0.0, perceptual_weight=0.0, teachers="none",
+    steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0,
+    workers=0, log_every=50, eval_every=800)
 PRESETS = {
-    "tiny": dict(
-        image_size=32, downsample=4, patch_size=2, codebook_size=256,
-        channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
-        adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_final=0.03,
-        disc_weight=0.0, perceptual_weight=0.0, teachers="none",
-        steps=1600, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0,
-        workers=0, log_every=50, eval_every=800),
+    "tiny": TINY,
+    "cifar10": dict(TINY, data="cifar10", perceptual="random", perceptual_weight=0.75, steps=3200),
     "fqgan-ds16": dict(downsample=16, recompute=True),
     "fqgan-ds8": dict(downsample=8, recompute=True),
 }
@@ -159,7 +161,7 @@ def main():
     check_settings(settings)
     args = pick(TrainConfig, settings)
     config = pick(FQGANConfig, settings)
-    check(not config.perceptual_weight or config.image_size >= 16,
+    check(config.perceptual != "lpips" or not config.perceptual_weight or config.image_size >= 16,
           f"--image-size {config.image_size} is too small for LPIPS: 16 or more, "
           "or --perceptual-weight 0")
     check(not config.disc_weight or config.image_size >= 24,
@@ -180,7 +182,10 @@ def main():
     names = [name for name in names.split(",") if name not in ("", "none")]
     with rank0_first():
         teachers = [load_teacher(name).to(device) for name in names]
-        lpips = LPIPS().to(device) if config.perceptual_weight else None
+        perceptual = None
+        if config.perceptual_weight:
+            make_perceptual = LPIPS if config.perceptual == "lpips" else RandomFeatures
+            perceptual = make_perceptual().to(device)
     widths = []
     for teacher, name in zip(teachers, names):
         widths.append(teacher_width(teacher, name, config.image_size, device))
@@ -310,8 +315,8 @@ def main():
                 # losses have their weights in them; the entropy's decays
                 reconstruction, losses = parallel_model(images, features)
                 losses["entropy"] = losses["entropy"] * config.entropy_final ** (step / args.steps)
-                if lpips:
-                    distance = lpips(images, reconstruction).mean()
+                if perceptual:
+                    distance = perceptual(images, reconstruction).mean()
                     losses["perceptual"] = config.perceptual_weight * distance
                 if adversarial:
                     # the discriminator gets no gradient here, and so needs no DDP
