@@ -1002,6 +1002,14 @@ class FQGAN(nn.Module):
 # -----------------------------------------------------------------------------
 # Networks that only the tokenizer's training needs
 
+def feature_distance(maps, others, weights):
+    """Two series of feature maps (B,C,h,w), and weights of each one's channels (or one number) -> (B,)"""
+    distance = 0
+    for a, b, weight in zip(maps, others, weights):
+        difference = (a - b).square() * weight
+        distance = distance + difference.sum(1).mean((1, 2))
+    return distance
+
 class LPIPS(nn.Module):
     """
     Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, of unit
@@ -1033,11 +1041,8 @@ class LPIPS(nn.Module):
                 yield F.normalize(x.float(), dim=1, eps=1e-10)
 
     def forward(self, images, others):
-        distance = 0
-        for a, b, lin in zip(self.feature_maps(images), self.feature_maps(others), self.lin):
-            difference = (a - b).square() * lin.weight
-            distance = distance + difference.sum(1).mean((1, 2))
-        return distance
+        weights = [lin.weight for lin in self.lin]
+        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
 
 class RandomFeatures(nn.Module):
     """
@@ -1048,10 +1053,11 @@ class RandomFeatures(nn.Module):
     def __init__(self):
         super().__init__()
         self.convs = nn.ModuleList()
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)
-            for c_in, c_out, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 2)):
-                self.convs.append(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False))
+        generator = torch.Generator().manual_seed(0)
+        for c_in, c_out, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 2)):
+            conv = nn.utils.skip_init(nn.Conv2d, c_in, c_out, 3, stride, padding=1, bias=False)
+            nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)  # as nn.Conv2d starts
+            self.convs.append(conv)
         self.requires_grad_(False)
 
     def feature_maps(self, images):
@@ -1063,10 +1069,8 @@ class RandomFeatures(nn.Module):
             yield F.normalize(x.float(), dim=1)
 
     def forward(self, images, others):
-        distance = 0
-        for a, b in zip(self.feature_maps(images), self.feature_maps(others)):
-            distance = distance + (a - b).square().sum(1).mean((1, 2))
-        return distance
+        weights = [1] * len(self.convs)
+        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
 
 class Discriminator(nn.Module):
     """PatchGAN (https://arxiv.org/abs/1611.07004): images (B,3,H,W) -> logits (B,1,h,w) of 70x70 patches."""

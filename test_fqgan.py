@@ -1773,8 +1773,8 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     """Learning rates, accumulation, clipping, moving average, every term with its weight and its start."""
     monkeypatch.setattr(train_tokenizer, "RandomFeatures", Distance)
     losses = dict(
-        perceptual="random", perceptual_weight=0.7, disc_weight=0.5, disc_start=2, disc_lr=0.0005, entropy_final=0.03, entropy_weight=0.05,
-        commit_weight=0.4, disentangle_weight=0.2,
+        perceptual="random", perceptual_weight=0.7, disc_weight=0.5, disc_start=2, disc_lr=0.0005,
+        entropy_final=0.03, entropy_weight=0.05, commit_weight=0.4, disentangle_weight=0.2,
     )
     flags = as_flags(SMALL | FEW_STEPS | PLAIN_RUN | losses | dict(k=2, image_size=24))
     call(train_tokenizer, "--out", tmp_path, *flags)
