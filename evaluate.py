@@ -422,6 +422,7 @@ def evaluate_tokenizer(metrics, options):
 
     tokenizer.cpu()
     _, ids, labels = scored
+    vectors = []  # of each sub-codebook, for the probe: (training images', held-out ones')
     for i, branch in enumerate(tokenizer.branches):
         counts = ids[:, i].flatten().bincount(minlength=c.codebook_size)
         share, perplexity = code_usage(counts)
@@ -430,6 +431,10 @@ def evaluate_tokenizer(metrics, options):
         if probe:
             x, held_x = [branch.quantizer.lookup(codes[:, i]).flatten(1) for codes in (probe[0], ids)]
             metrics[f"probe_{i + 1}"] = linear_probe(x, probe[1], held_x, labels)
+            vectors.append((x, held_x))
+    if len(vectors) > 1:
+        x, held_x = [torch.cat(columns, 1) for columns in zip(*vectors)]
+        metrics["probe_all"] = linear_probe(x, probe[1], held_x, labels)
     for i, j in combinations(range(c.k), 2):
         a = ids[:, i].flatten().numpy()
         b = ids[:, j].flatten().numpy()

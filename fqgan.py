@@ -1233,7 +1233,10 @@ class GPT(nn.Module):
         return Block(c.n_embd, attn, SwiGLU(c.n_embd), functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
 
     def forward(self, ids, labels):
-        """ids (B,k,h,w), labels (B,) -> (logits (B,k,h*w,vocab_size) float32, mean cross-entropy). Equations 6, 7."""
+        """
+        ids (B,k,h,w), labels (B,) -> (logits (B,k,h*w,vocab_size) float32, mean cross-entropy). Equations 6, 7.
+        In training mode the logits are None: those of one sub-codebook at a time are enough for the loss.
+        """
         c = self.config
         ids = ids.flatten(2)
         B, k, P = ids.shape
@@ -1263,9 +1266,14 @@ class GPT(nn.Module):
             x = x[:, :, None].expand(-1, -1, k, -1)
         x = self.norm(x)
 
-        logits = [output(x[:, :, i]) for i, output in enumerate(self.outputs)]
-        logits = torch.stack(logits, 1).float()  # (B, k, P, vocab_size)
-        return logits, F.cross_entropy(logits.flatten(0, 2), ids.flatten())
+        all_logits = []
+        loss = 0
+        for i, output in enumerate(self.outputs):
+            logits = output(x[:, :, i]).float()  # (B, P, vocab_size)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, i].flatten()) / k
+            if not self.training:
+                all_logits.append(logits)
+        return torch.stack(all_logits, 1) if all_logits else None, loss
 
     @torch.no_grad()
     def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):

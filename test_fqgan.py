@@ -2282,7 +2282,8 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--preset huge", "invalid choice: 'huge'"),
     (train_tokenizer, "--image-size 30", "not divisible by downsample 4: 28 is"),
     (train_tokenizer, "--image-size 16 --disc-weight 1", "too small for the discriminator"),
-    (train_tokenizer, "--image-size 8 --perceptual-weight 1", "too small for LPIPS: 16 or more"),
+    (train_tokenizer, "--image-size 8 --perceptual-weight 1", "too small for the perceptual loss: 16 or more"),
+    (train_tokenizer, "--image-size 8 --perceptual random --perceptual-weight 1", "too small for the perceptual loss"),
     (train_tokenizer, "--perceptual vgg", "perceptual is 'vgg'; choose lpips or random"),
     (train_tokenizer, "--data nowhere", "no such folder"),
     (train_tokenizer, "--batch-size 30000", "20000 images are fewer than one batch"),
@@ -2639,12 +2640,21 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, capsys):
     first = ids[:, 0].flatten()
     second = ids[:, 1].flatten()
     entropy = torch.special.entr(second.bincount() / len(second)).sum()
+
+    @torch.no_grad()
+    def all_vectors(data, n):
+        views = [data.views(i, 1) for i in fqgan.fixed_sample(len(data))[:n]]
+        codes = model.encode(torch.cat([images for images, _ in views]))
+        vectors = [branch.quantizer.lookup(codes[:, i]).flatten(1) for i, branch in enumerate(model.branches)]
+        return torch.cat(vectors, 1), torch.tensor([label for _, label in views])
+
     expected = dict(
         psnr=fqgan.psnr(images, decoded).mean(),
         ssim=evaluate.ssim(images, decoded).mean(),
         usage_1=len(first.unique()) / 32,
         perplexity_2=entropy.exp(),
         mutual_information_1_2=evaluate.mutual_information(first.numpy(), second.numpy()),
+        probe_all=evaluate.linear_probe(*all_vectors(load_data("shapes", 16, True), 250), *all_vectors(data, 50)),
     )
     for name, value in expected.items():
         assert math.isclose(metrics[name], value, rel_tol=1e-4), name

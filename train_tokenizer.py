@@ -161,8 +161,8 @@ def main():
     check_settings(settings)
     args = pick(TrainConfig, settings)
     config = pick(FQGANConfig, settings)
-    check(config.perceptual != "lpips" or not config.perceptual_weight or config.image_size >= 16,
-          f"--image-size {config.image_size} is too small for LPIPS: 16 or more, "
+    check(not config.perceptual_weight or config.image_size >= 16,
+          f"--image-size {config.image_size} is too small for the perceptual loss: 16 or more, "
           "or --perceptual-weight 0")
     check(not config.disc_weight or config.image_size >= 24,
           f"--image-size {config.image_size} is too small for the discriminator: 24 or more, "
