@@ -467,15 +467,21 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 class SwiGLU(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, recompute=False):
         super().__init__()
+        self.recompute = recompute
         hidden = 256 * math.ceil(int(8 * width / 3) / 256)
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if self.recompute and torch.is_grad_enabled():  # keep two of the four hidden maps
+            return checkpoint(self.gated, self.w1(x), self.w3(x), use_reentrant=False, preserve_rng_state=False)
+        return self.gated(self.w1(x), self.w3(x))
+
+    def gated(self, gate, h):
+        return self.w2(F.silu(gate) * h)
 
 class Block(nn.Module):
     """A pre-norm transformer block; dropout acts on the outputs of attention and MLP."""
@@ -1185,6 +1191,7 @@ class GPTConfig:
     dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
     label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
     class_everywhere: bool = flag(False, "add the class to the trunk's input at every position")
+    recompute: bool = flag(False, "compute the MLPs' activations again in the backward pass, to save memory")
 
     def __post_init__(self):
         for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd", "head_layers"):
@@ -1230,7 +1237,8 @@ class GPT(nn.Module):
     def block(self):
         c = self.config
         attn = Attention(c.n_embd, c.n_head, bias=False, causal=True)
-        return Block(c.n_embd, attn, SwiGLU(c.n_embd), functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
+        mlp = SwiGLU(c.n_embd, c.recompute)
+        return Block(c.n_embd, attn, mlp, functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
 
     def forward(self, ids, labels):
         """
@@ -1651,7 +1659,7 @@ def cli(main):
         message = lines[-1].removeprefix("fqgan.UserError: ")
     except torch.OutOfMemoryError as error:
         message = (f"out of memory ({one_line(error)}): give a smaller --batch-size, or in training a larger "
-                   "--accumulate (a tokenizer also takes --recompute)")
+                   "--accumulate, or --recompute")
     except OSError as error:  # a full disk, a read-only folder, ...
         message = str(error)
     except KeyboardInterrupt:

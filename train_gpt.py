@@ -41,8 +41,8 @@ PRESETS = {
     "cifar10": dict(
         n_layer=8, n_head=4, n_embd=256, head_layers=1, dropout=0.0, class_everywhere=True, muon=True, crops=2,
         cfg_scale=2.0, steps=1800, batch_size=64, lr=2e-3, warmup=100, final_lr=0.0, workers=0, eval_every=900),
-    "far-b": dict(),
-    "far-l": dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
+    "far-b": dict(recompute=True),
+    "far-l": dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4, recompute=True),
 }
 
 @dataclass

@@ -155,11 +155,11 @@ def coding(direction, plain=False, dtype="float32"):
     work = {"encode": lambda: model.encode(images), "decode": lambda: model.decode(ids)}
     return inference(work[direction], dtype), 2
 
-def gpt_step(plain=False, dtype="float32"):
-    ids = torch.randint(0, 16384, (2, 3, 16, 16))
-    labels = torch.tensor([1, 2])
+def gpt_step(batch, plain=False, dtype="float32"):
+    ids = torch.randint(0, 16384, (batch, 3, 16, 16))
+    labels = torch.arange(batch)
     if not plain:
-        model = GPT(GPTConfig(dropout=0.0)).train()
+        model = GPT(GPTConfig(dropout=0.0, recompute=True)).train()
         return training(lambda: model(ids, labels)[1], [*model.parameters()], dtype), 1
     from test_fqgan import PublishedGPT
 
@@ -208,7 +208,8 @@ ROWS = {
     "FQGAN-Triple 16x, training step of 2": in_both_types(tokenizer_step),
     "FQGAN-Triple 16x, encoding 2 images": in_both_types(coding, "encode"),
     "FQGAN-Triple 16x, decoding 2 images": in_both_types(coding, "decode"),
-    "FAR-Base, training step of 2": in_both_types(gpt_step),
+    "FAR-Base, training step of 2": in_both_types(gpt_step, 2),
+    "FAR-Base, training step of 8": in_both_types(gpt_step, 8),
     "FAR-Base, 64 positions x 4 images, guided": in_both_types(gpt_sampling),
     "GPT of 3.5 M, 256 positions x 4 images, guided": {
         "plain, uncached": part(small_sampling, plain=True),
