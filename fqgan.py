@@ -19,6 +19,7 @@ import csv
 import functools
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import random
@@ -563,6 +564,7 @@ class FQGANConfig:
     entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at")
     entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
+    decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
     representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
     perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
     perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
@@ -882,14 +884,23 @@ entropy_loss = EntropyLoss.apply
 def disentangle_loss(quantized):
     """k codes (B,d,h,w) -> mean squared cosine over all pairs of sub-codebooks; 0 for k=1. Section 3.2."""
     unit = [F.normalize(z_q.float(), dim=1) for z_q in quantized]
-    loss = unit[0].new_zeros(())
-    num_pairs = 0
-    for i in range(len(unit)):
-        for j in range(i):
-            cosine = (unit[i] * unit[j]).sum(1)
-            loss = loss + cosine.square().mean()
-            num_pairs += 1
-    return loss / max(1, num_pairs)
+    losses = [(a * b).sum(1).square().mean() for a, b in itertools.combinations(unit, 2)]
+    return torch.stack(losses).mean() if losses else unit[0].new_zeros(())
+
+def decorrelation_loss(quantized):
+    """
+    k codes (B,d,h,w), k > 1 -> how much of one sub-codebook's code a linear map tells by another's, 0 to 1, mean over
+    pairs: linear CKA (https://arxiv.org/abs/1905.00414). Not the paper's, whose orthogonal codes may still repeat each
+    other: a code may always come with the same orthogonal one.
+    """
+    losses = []
+    with torch.autocast(quantized[0].device.type, enabled=False):
+        vectors = [to_vectors(z_q.float()) for z_q in quantized]
+        centered = [v - v.mean(0) for v in vectors]
+        for a, b in itertools.combinations(centered, 2):
+            scale = (a.T @ a).norm() * (b.T @ b).norm()
+            losses.append((a.T @ b).square().sum() / (scale + 1e-6))
+    return torch.stack(losses).mean()
 
 def representation_loss(predicted, features):
     """
@@ -993,6 +1004,8 @@ class FQGAN(nn.Module):
             for name, loss in branch_losses.items():
                 losses[name] = losses.get(name, 0) + loss
         losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
+        if self.config.decorrelate_weight and self.config.k > 1:
+            losses["decorrelate"] = self.config.decorrelate_weight * decorrelation_loss(quantized)
 
         if teacher_features:  # the last sub-codebooks are supervised
             loss = 0

@@ -355,6 +355,25 @@ def test_disentangle_loss():
     squares = [F.cosine_similarity(a, b, dim=1).square() for a, b in itertools.combinations(chosen, 2)]
     assert math.isclose(disentangle_loss(chosen), torch.stack(squares).mean(), rel_tol=1e-5)
 
+def test_decorrelation_loss():
+    """Of linearly related codes 1, also where they are orthogonal; of codes drawn apart near 0; as CKA is defined."""
+    x, y = torch.randn(2, 20, 4, 10, 10)
+    x[:, 2:] = 0
+    turned = x.flip(1)
+    assert disentangle_loss([x, turned]) == 0 and math.isclose(fqgan.decorrelation_loss([x, turned]), 1, rel_tol=1e-4)
+    assert fqgan.decorrelation_loss([x, y]) < 0.02
+    a, b = [fqgan.to_vectors(codes).double() for codes in (x + y, y)]
+    center = torch.eye(len(a), dtype=torch.double) - 1 / len(a)
+    gram_a, gram_b = [center @ v @ v.T @ center for v in (a, b)]
+    expected = (gram_a * gram_b).sum() / (gram_a.norm() * gram_b.norm())
+    assert math.isclose(fqgan.decorrelation_loss([x + y, y]), expected, rel_tol=1e-4)
+    assert fqgan.decorrelation_loss([x, y, x]) > 1 / 3
+
+    model = small_tokenizer(k=2, decorrelate_weight=0.5).train()
+    losses = model(images_like(model.config))[1]
+    losses["decorrelate"].backward()
+    assert 0 < losses["decorrelate"] <= 0.5 and model.branches[0].quant_conv.weight.grad.any()
+
 def test_representation_loss_is_infonce():
     torch.manual_seed(0)
     predicted, features = torch.randn(2, 5, 7)
@@ -2259,11 +2278,8 @@ SCRIPTS = {f"{script.__name__}.py": script for script in (train_tokenizer, train
 def readme_commands():
     """(script's name, its words) for each command in the README's shell blocks"""
     for block in re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S):
-        block = re.sub(r' *#.*| "\$\{@:2\}"', "", block).replace("$seed", "0")
-        for command in re.split(r"\n|&&", block):
+        for command in re.split(r"\n|&&", re.sub(r" *#.*", "", block)):
             words = command.split()
-            if words[:1] == ["row"]:  # of the study: a name, and flags of the tokenizer
-                words[:2] = ["train_tokenizer.py"]
             for i, word in enumerate(words):
                 if word in SCRIPTS:
                     yield word, words[i + 1:]
