@@ -603,6 +603,7 @@ class FQGANConfig:
               f"and of adapter_heads {self.adapter_heads}")
         num_teachers = len(self.teacher_widths)
         check(num_teachers <= self.k, f"{num_teachers} teachers are more than k={self.k} sub-codebooks")
+        check(self.k > 1 or not self.decorrelate_weight, "decorrelate_weight needs two sub-codebooks or more: k is 1")
 
     @property
     def grid(self):
@@ -1004,7 +1005,7 @@ class FQGAN(nn.Module):
             for name, loss in branch_losses.items():
                 losses[name] = losses.get(name, 0) + loss
         losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
-        if self.config.decorrelate_weight and self.config.k > 1:
+        if self.config.decorrelate_weight:
             losses["decorrelate"] = self.config.decorrelate_weight * decorrelation_loss(quantized)
 
         if teacher_features:  # the last sub-codebooks are supervised

@@ -429,6 +429,7 @@ def test_overfits_one_batch():
     (FQGANConfig, dict(downsample=4, patch_size=8), "multiple of patch_size 8"),
     (FQGANConfig, dict(entropy_temperature=0), "above 0"),
     (FQGANConfig, dict(k=1, teacher_widths=(8, 8)), "2 teachers are more than k=1"),
+    (FQGANConfig, dict(k=1, decorrelate_weight=0.1), "two sub-codebooks or more: k is 1"),
     (GPTConfig, dict(n_embd=100), "multiple of 4 x n_head"),
     (GPTConfig, dict(dropout=1.0), "dropout is 1.0"),
     (GPTConfig, dict(head_layers=-1), "head_layers is -1"),
