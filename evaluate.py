@@ -124,14 +124,15 @@ def linear_probe(x, labels, held_x, held_labels):
     targets = F.one_hot(labels, num_classes).double()
     mean = x.mean(0)
     x = (x - mean).double()
-    held_x = (held_x - mean).double()
     gram = x.T @ x
     gram.diagonal().add_(0.01 * gram.trace() / len(gram) + 1e-9)
     correlation = x.T @ (targets - targets.mean(0))
     weight = scipy.linalg.solve(gram.numpy(), correlation.numpy(), assume_a="pos")
-    scores = held_x @ torch.from_numpy(weight) + targets.mean(0)
-    hits = scores.argmax(1) == held_labels
-    return hits.double().mean().item()
+    hits = 0
+    for features, label in zip(held_x.split(1024), held_labels.split(1024)):  # one-hot codes take much memory
+        scores = (features - mean).double() @ torch.from_numpy(weight) + targets.mean(0)
+        hits += (scores.argmax(1) == label).sum().item()
+    return hits / len(held_labels)
 
 # -----------------------------------------------------------------------------
 # Networks: images uint8 (B,3,H,W) -> (features (B,D), logits (B,C))
@@ -196,8 +197,9 @@ def feature_network(options, metrics, name):
     def features_only(images):
         try:
             features = teacher(from_uint8(images)).float()
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError) as error:
             raise UserError(f"--features fails on images {tuple(images.shape)} ({one_line(error)})") from None
+        check(features.ndim == 2, f"--features gives {tuple(features.shape)} in place of (B, D)")
         return features, features[:, :0]
 
     if not options.features:
@@ -285,8 +287,8 @@ def statistics_of(features):
 # What is measured: `metrics` gets, on rank 0, numbers by name, or the reason why there is none
 
 def have_classes(train, held_out):
-    """Whether there are several classes, the same in both parts."""
-    return len(train.classes) > 1 and train.classes == held_out.classes and train.description != held_out.description
+    """Whether there are several classes, and images of them to fit a classifier to."""
+    return len(train.classes) > 1 and train.description != held_out.description
 
 def compare(metrics, prefix, real, fakes, options, parts=None):
     """

@@ -186,10 +186,12 @@ def from_uint8(images):
 IMAGE_ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbnails"}
 
-def visible_folders(path):
-    """The sorted names of the folders in `path`, without hidden ones and those that operating systems make."""
-    names = [name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name))]
+def visible(names):
+    """Names of folders -> sorted, without hidden ones and those that operating systems make."""
     return sorted(name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS)
+
+def visible_folders(path):
+    return visible(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
 
 def list_images(path):
     """All images below a folder -> (sorted paths, number of other files), without hidden and system ones."""
@@ -203,7 +205,7 @@ def list_images(path):
             subfolders.clear()
             continue
         entered.add(real_path)
-        subfolders[:] = visible_folders(folder)
+        subfolders[:] = visible(subfolders)
         files = [os.path.join(folder, name) for name in files if not name.startswith(".")]
         images_here = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
         images += images_here
@@ -750,7 +752,8 @@ class Quantizer(nn.Module):
     """
     One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
     the nearest code has the largest cosine. Always in float32: in bfloat16 one random vector in fifteen finds another
-    code. A quantizer of another kind needs the methods below, `codebook` (V,d), and `last_ids`, which training counts.
+    code. A quantizer of another kind needs the methods below, `last_ids`, which training counts, and `codebook` (V,d)
+    to load published files.
     """
 
     def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
@@ -1103,7 +1106,7 @@ class Discriminator(nn.Module):
             layers.append(nn.BatchNorm2d(c_out))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
         layers.append(nn.Conv2d(512, 1, 4, padding=1))
-        self.main = nn.Sequential(*layers)  # the published name
+        self.main = nn.Sequential(*layers)
         for layer in self.main:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, 0.02)
@@ -1732,7 +1735,7 @@ def resumed_settings(checkpoint, path, defaults, flags, fixed):
 def check_settings(settings):
     """Refuses numbers that no training run can have."""
     at_least = dict(steps=1, batch_size=1, accumulate=1, log_every=1, eval_every=1, eval_images=1, warmup=0, workers=0,
-                    lr=0, disc_lr=0, final_lr=0, grad_clip=0, ema=0, seed=0)
+                    lr=0, disc_lr=0, final_lr=0, grad_clip=0, weight_decay=0, cfg_scale=0, ema=0, seed=0)
     for name, low in at_least.items():
         value = settings.get(name, low)
         high = 1 if name == "ema" else math.inf
@@ -1751,7 +1754,7 @@ def init_distributed(device="auto", seed=0):
     try:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not usable here ({one_line(error)})") from None
@@ -1788,7 +1791,7 @@ def gather(item):
 @contextlib.contextmanager
 def rank0_first():
     """One process of each machine goes first through the block: it downloads what the others then find."""
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = int(os.environ.get("LOCAL_RANK") or 0) == 0
     if not is_first:
         barrier()
     try:

@@ -53,8 +53,6 @@ def output_path(options):
         check(not path.suffix or path.is_dir(),
               f"--out {path}: cannot write {path.suffix} files; name a {', '.join(GRID_FORMATS)} file, or a folder")
         check(not path.is_dir() or not list_images(path)[0], f"--out {path} holds images already: choose a new folder")
-    folder = path if kind == "folder" else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     return path, kind
 
 def grid_rows(labels, names):
@@ -94,6 +92,8 @@ def main():
         check(len(rows) <= most, f"a grid of {len(rows)} rows is too tall, {most} is the limit: give --out a folder")
 
     # sample
+    folder = path if kind == "folder" else path.parent
+    folder.mkdir(parents=True, exist_ok=True)
     batches = rank_batches(n, options.batch_size)
     share = sum(len(batch) for batch in batches)
     made = []

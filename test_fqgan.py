@@ -1963,6 +1963,15 @@ def test_resume_and_overwrite(tmp_path, trained):
     call(train_tokenizer, *flags, "--overwrite")
     assert load(tmp_path / "tokenizer.pt")["step"] == 4
 
+def test_resumed_gpt_may_change_memory_but_not_decay(tmp_path, trained):
+    """The optimizer keeps its weight decay, which a flag would not change; recomputing changes no weights."""
+    flags = ["--tokenizer", trained / "tokenizer.pt", "--out", tmp_path]
+    call(train_gpt, *flags, *TINY_GPT_RUN)
+    with refused("--weight-decay differs"):
+        call(train_gpt, *flags, "--resume", "--steps", 6, "--weight-decay", 0.5)
+    call(train_gpt, *flags, "--resume", "--steps", 6, "--recompute")
+    assert load(tmp_path / "gpt.pt")["step"] == 6
+
 @pytest.mark.parametrize("change", ["added", "removed", "renamed"])
 def test_a_run_goes_on_with_its_own_images(change, tmp_path, trained):
     """With a file more, other images are held out, and all of them were trained on before."""
@@ -2313,6 +2322,8 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--batch-size 9 --accumulate 2", "not divisible"),
     (train_tokenizer, "--lr -1", "--lr is -1.0"),
     (train_tokenizer, "--disc-lr nan", "--disc-lr is nan"),
+    (train_gpt, "--weight-decay -1", "--weight-decay is -1"),
+    (train_gpt, "--cfg-scale -1", "--cfg-scale is -1"),
     (train_tokenizer, "--dtype int8", "float32, bfloat16, float16"),
     (train_tokenizer, "--device tpu9", "not usable here"),
     (train_tokenizer, "--k 2 --color red", "unrecognized arguments: --color red"),
@@ -2789,6 +2800,23 @@ def test_evaluate_two_sets(tmp_path, inception_file, own_network, capsys):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(4, i), sigma=np.eye(4))
     statistics = metrics_of(tmp_path, "--real", tmp_path / "c.npz", "--fake", tmp_path / "d.npz")
     assert math.isclose(statistics["fid"], 4), "two files of statistics need no network"
+
+class Maps(torch.nn.Module):
+    def forward(self, images):
+        return images
+
+class Pair(torch.nn.Module):
+    def forward(self, images):
+        return images.flatten(1), images
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit
+@pytest.mark.parametrize("network, message", [(Maps, r"gives \(6, 3, 16, 16\)"), (Pair, "fails on images")])
+def test_a_network_whose_output_is_no_features(network, message, tmp_path):
+    save_noise(tmp_path / "a", 6, (16, 16))
+    torch.jit.trace(network(), torch.zeros(2, 3, 16, 16)).save(tmp_path / "network.pt")
+    flags = ["--real", tmp_path / "a", "--fake", tmp_path / "a", "--features", tmp_path / "network.pt"]
+    with refused(message):
+        call(evaluate, *flags, "--device", "cpu")
 
 def test_another_network_in_the_place_of_inception(tmp_path, trained, own_network, offline):
     """Its distance is named FD, never FID; where the images have classes, a probe tells how many fakes show theirs."""

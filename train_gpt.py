@@ -76,8 +76,9 @@ class TrainConfig:
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
-# what a run's weights depend on: a resumed run cannot change it
-FIXED = {f.name for f in fields(GPTConfig)} | {"preset", "tokenizer", "crops", "muon", "ema"}
+# what the checkpoint's tensors were made with: a resumed run cannot change it, but its rate, batch size or seed
+FIXED = {f.name for f in fields(GPTConfig) if f.name != "recompute"}
+FIXED |= {"preset", "tokenizer", "crops", "muon", "ema", "weight_decay"}
 
 # -----------------------------------------------------------------------------
 # The token cache
@@ -184,7 +185,7 @@ def evaluate(model, tokens, args, device):
     """Cross-entropy of each sub-codebook's codes, in nats, on --eval-images of the held-out images: (k)."""
     k = model.config.k
     indices = fixed_sample(len(tokens))[:args.eval_images][rank()::world_size()]
-    size = max(1, args.batch_size // (args.accumulate * world_size()))
+    size = args.batch_size // (args.accumulate * world_size())
     batches = [indices[i:i + size] for i in range(0, len(indices), size)]
     total = torch.zeros(k + 1, device=device)  # sums of the k cross-entropies, number of images
     for ids, labels in DataLoader(tokens, batch_sampler=batches):
@@ -202,10 +203,10 @@ def save_samples(path, model, tokenizer, classes, args, device):
     num_rows = min(10, len(classes))
     labels = torch.arange(num_rows, device=device).repeat_interleave(8)
     generator = torch.Generator(device).manual_seed(args.seed % 2**63)
-    ids = model.generate(labels, args.cfg_scale, generator=generator)
     rows = []
-    for name, row in zip(classes, ids.split(8)):
-        rows.append((name, tokenizer.decode(row)))
+    for name, row in zip(classes, labels.split(8)):  # at once, the cache of a large GPT takes more memory than training
+        ids = model.generate(row, args.cfg_scale, generator=generator)
+        rows.append((name, tokenizer.decode(ids)))
     save_grid(path, rows)
 
 # -----------------------------------------------------------------------------
@@ -232,7 +233,6 @@ def main():
     check(args.batch_size % num_micro_batches == 0,
           f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x "
           f"--accumulate {args.accumulate}")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     # tokenizer and its codes
     if state:  # a run keeps the tokenizer whose codes it has learned
@@ -249,6 +249,7 @@ def main():
     check(len(train_data) >= args.batch_size,
           f"{train_data.description}: {len(train_data)} images are fewer than one batch; "
           f"--batch-size {len(train_data)} or less would do")
+    path.parent.mkdir(parents=True, exist_ok=True)
     train_tokens = load_tokens(path.with_name("tokens_train.npy"), train_data, tokenizer, args.crops, args, device)
     val_tokens = load_tokens(path.with_name("tokens_val.npy"), val_data, tokenizer, 1, args, device)
 
@@ -291,7 +292,7 @@ def main():
               f"{args.data} does not hold the images that the run in {path} began with: others would be held out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        if state["scaler"] and scaler.is_enabled():
+        if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         step = state["step"]
         log = read_log(path.with_name("gpt_log.csv"), step)

@@ -78,7 +78,7 @@ class TrainConfig:
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
-# what a run's weights depend on: a resumed run cannot change it
+# what the checkpoint's tensors were made with: a resumed run cannot change it, but its rates, batch size or seed
 FIXED = {f.name for f in fields(FQGANConfig) if f.name != "recompute"}
 FIXED |= {"preset", "teachers", "init", "ema"}
 
@@ -117,7 +117,7 @@ def evaluate(model, data, args, device):
     """PSNR (dB, mean over images), and each sub-codebook's usage and perplexity, on --eval-images of `data`."""
     config = model.config
     indices = fixed_sample(len(data))[:args.eval_images][rank()::world_size()]
-    size = max(1, args.batch_size // (args.accumulate * world_size()))
+    size = args.batch_size // (args.accumulate * world_size())
     batches = [indices[i:i + size] for i in range(0, len(indices), size)]
     total = torch.zeros(2, device=device)  # sum of PSNR, number of images
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)
@@ -175,7 +175,6 @@ def main():
     check(args.batch_size % num_micro_batches == 0,
           f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x "
           f"--accumulate {args.accumulate}")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
     # teachers, perceptual loss, data
     names = PAPER_TEACHERS[min(config.k, 3)] if args.teachers == "paper" else args.teachers
@@ -195,6 +194,7 @@ def main():
           f"{train_data.description}: {len(train_data)} images are fewer than one batch; "
           f"--batch-size {len(train_data)} or less would do")
     data_fingerprint = train_data.fingerprint() + val_data.fingerprint()
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     # model and optimizers
     torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
@@ -225,7 +225,7 @@ def main():
               "others would be held out")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        if state["scaler"] and scaler.is_enabled():
+        if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         step = state["step"]
         log = read_log(path.with_name("log.csv"), step)
