@@ -56,6 +56,1018 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 # -----------------------------------------------------------------------------
+# Tokenizer: config
+
+def flag(default, help):
+    """A config field whose explanation is also the help text of its command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
+
+@dataclass
+class FQGANConfig:
+    """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
+
+    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN")
+    codebook_size: int = flag(16384, "codes in each sub-codebook")
+    codebook_dim: int = flag(8, "dimension of a code")
+    image_size: int = flag(256, "side of the square images, in pixels")
+    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two")
+    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first")
+    channels: int = flag(128, "channels of the convolutions at the finest stage")
+    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
+    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more")
+    norm_groups: int = flag(32, "groups of GroupNorm; with few channels in each, an image's mean color is lost")
+    z_channels: int = flag(256, "channels between the convolutions and the quantizers")
+    adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
+    adapter_width: int = flag(512, "width of the adapters")
+    adapter_heads: int = flag(8, "attention heads of the adapters")
+    recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
+    commit_weight: float = flag(0.25, "weight of the commitment loss")
+    entropy_weight: float = flag(0.03, "weight of the entropy loss")
+    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at")
+    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
+    disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
+    decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
+    representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
+    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
+    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
+    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
+    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
+    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low = 0 if f.name in ("adapter_depth", "disc_start") else 1
+            check(f.type is not int or value >= low, f"{f.name} is {value}; it must be at least {low}")
+        check(self.perceptual in ("lpips", "random"), f"perceptual is {self.perceptual!r}; choose lpips or random")
+        for name in ("entropy_temperature", "entropy_final"):
+            check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        check(self.downsample.bit_count() == 1 < self.downsample, f"downsample {self.downsample} is not a power of two")
+        check(self.downsample % self.patch_size == 0,
+              f"downsample {self.downsample} must be a multiple of patch_size {self.patch_size}")
+        divisible = max(1, self.image_size // self.downsample) * self.downsample
+        check(self.image_size == divisible,
+              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {divisible} is")
+
+        factor = self.downsample // self.patch_size
+        num_stages = factor.bit_length()
+        self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
+        self.teacher_widths = tuple(self.teacher_widths)
+        num_given = len(self.channel_mult)
+        check(num_given == num_stages,
+              f"channel_mult {self.channel_mult} names {num_given} stages; there are {num_stages}")
+        check(min(self.channel_mult) > 0, f"channel_mult is {self.channel_mult}; each must be above 0")
+        check(self.channels % self.norm_groups == 0,
+              f"channels {self.channels} must be a multiple of norm_groups {self.norm_groups}")
+        divisor = math.lcm(self.norm_groups, self.adapter_heads)
+        check(self.adapter_depth == 0 or self.adapter_width % divisor == 0,
+              f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} "
+              f"and of adapter_heads {self.adapter_heads}")
+        num_teachers = len(self.teacher_widths)
+        check(num_teachers <= self.k, f"{num_teachers} teachers are more than k={self.k} sub-codebooks")
+        check(self.k > 1 or not self.decorrelate_weight, "decorrelate_weight needs two sub-codebooks or more: k is 1")
+
+    @property
+    def grid(self):
+        return self.image_size // self.downsample
+
+# -----------------------------------------------------------------------------
+# Tokenizer: quantizers and their losses
+
+class Quantizer(nn.Module):
+    """
+    One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
+    the nearest code has the largest cosine. Always in float32: in bfloat16 one random vector in fifteen finds another
+    code. A quantizer of another kind needs the methods below, `last_ids`, which training counts, and `codebook` (V,d)
+    to load published files.
+    """
+
+    def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
+        super().__init__()
+        self.commit_weight = commit_weight
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
+        self.codebook = nn.Parameter(F.normalize(torch.rand(codebook_size, codebook_dim) - 0.5, dim=-1))
+        self.last_ids = None
+
+    def lookup(self, ids):
+        """ids (B,h,w) -> codes of unit length (B,d,h,w)"""
+        codes = F.embedding(ids, self.codebook.float())
+        return F.normalize(codes, dim=-1).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def nearest(self, z):
+        """z (B,d,h,w) of any length -> ids (B,h,w)"""
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=1)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+            ids = nearest_codes(to_vectors(z), codes)
+        return ids.view(len(z), *z.shape[2:])
+
+    def forward(self, z):
+        """z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), dict of weighted losses)"""
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=1)
+            codes = F.normalize(self.codebook.float(), dim=-1)
+
+            # nearest code
+            if self.entropy_weight:
+                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
+            else:
+                entropy = z.new_zeros(())
+                ids = nearest_codes(to_vectors(z), codes)
+            ids = ids.view(len(z), *z.shape[2:])
+            z_q = codes[ids].permute(0, 3, 1, 2)
+
+            losses = {
+                "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
+                "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
+                "entropy": self.entropy_weight * entropy,  # sharpens and spreads the choices
+            }
+        self.last_ids = ids
+        z_q = z + (z_q - z).detach()  # straight-through: the value of z_q, the gradient of z
+        return z_q, ids, losses
+
+def to_vectors(z):
+    """(B,d,h,w) -> (B*h*w, d)"""
+    return z.permute(0, 2, 3, 1).flatten(0, 2)
+
+def chunk_size(codes):
+    """How many vectors are compared with all codes (V,d) at a time."""
+    entries = 2**18 if codes.device.type == "cpu" else 2**26  # a CPU's cache, 256 MB of a GPU
+    return max(16, entries // len(codes))
+
+@torch.no_grad()
+def nearest_codes(vectors, codes):
+    """vectors (n,d) and codes (V,d), all of unit length -> the number of each vector's nearest code (n,)"""
+    chunks = vectors.split(chunk_size(codes))
+    return torch.cat([(chunk @ codes.T).argmax(1) for chunk in chunks])
+
+class EntropyLoss(torch.autograd.Function):
+    """
+    MAGVIT-v2's entropy penalty: mean entropy of the soft assignments, minus the entropy of their mean.
+    z (n,d) and codes (V,d), all of unit length -> (loss, each vector's nearest code (n,), which the same pass finds).
+
+    In plain PyTorch, with |z - c|^2 = 2 - 2 z.c and the constant left out:
+
+        s = 2 / temperature * z @ codes.T                     # (n, V)
+        p = s.softmax(1)
+        m = p.mean(0)                                         # (V,)
+        loss = -(p * p.log()).sum(1).mean() + (m * (m + 1e-5).log()).sum()
+
+    Here the (n, V) matrices exist a few rows at a time and are computed again in the backward pass, so that memory does
+    not grow with n. The derivative, written out:
+
+        loss by p_ij   (-log p_ij - 1 + log(m_j + 1e-5) + m_j / (m_j + 1e-5)) / n
+                       where log p_ij = s_ij - logsumexp(s_i)
+        call it        g_ij / n, without the -1: what is constant along j has no effect on the next line
+        loss by s_i    p_i * (g_i - p_i.g_i) / n              # the softmax's Jacobian
+        loss by z      2 / temperature * (loss by s) @ codes
+        loss by codes  2 / temperature * (loss by s).T @ z
+    """
+
+    @staticmethod
+    def assignments(z, codes, temperature):
+        """Yields a slice of r rows of z, s (r,V), p (r,V), logsumexp(s) (r,1), nearest code (r,1)."""
+        scaled_codes = codes.T * (2 / temperature)
+        size = chunk_size(codes)
+        for first in range(0, len(z), size):
+            rows = slice(first, first + size)
+            s = z[rows] @ scaled_codes
+            p = s.softmax(1)
+            top, nearest = s.max(1, keepdim=True)
+            logsumexp = top - p.gather(1, nearest).log()  # without a second exp
+            yield rows, s, p, logsumexp, nearest
+
+    @staticmethod
+    def forward(ctx, z, codes, temperature):
+        entropy = 0
+        p_sum = 0
+        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # a list would fragment the memory
+        for rows, s, p, logsumexp, nearest in EntropyLoss.assignments(z, codes, temperature):
+            entropy = entropy + (logsumexp.squeeze(1) - torch.linalg.vecdot(p, s)).sum()  # -(p * log p).sum()
+            p_sum = p_sum + p.sum(0)
+            ids[rows] = nearest.squeeze(1)
+        m = p_sum / len(z)
+        ctx.save_for_backward(z, codes, m)
+        ctx.mark_non_differentiable(ids)
+        ctx.temperature = temperature
+        return entropy / len(z) + (m * (m + 1e-5).log()).sum(), ids
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        z, codes, m = ctx.saved_tensors
+        m_term = (m + 1e-5).log() + m / (m + 1e-5)
+        grad_z = torch.empty_like(z)
+        grad_codes = torch.zeros_like(codes)
+        with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
+            for rows, s, p, logsumexp, _ in EntropyLoss.assignments(z, codes, ctx.temperature):
+                g = s.neg_().add_(m_term).add_(logsumexp)
+                grad_s = g.sub_(torch.linalg.vecdot(p, g)[:, None]).mul_(p)
+                torch.mm(grad_s, codes, out=grad_z[rows])
+                grad_codes.addmm_(grad_s.T, z[rows])
+        scale = grad * 2 / (ctx.temperature * len(z))
+        return grad_z * scale, grad_codes * scale, None
+
+entropy_loss = EntropyLoss.apply
+
+def disentangle_loss(quantized):
+    """k codes (B,d,h,w) -> mean squared cosine over all pairs of sub-codebooks; 0 for k=1. Section 3.2."""
+    unit = [F.normalize(z_q.float(), dim=1) for z_q in quantized]
+    losses = [(a * b).sum(1).square().mean() for a, b in itertools.combinations(unit, 2)]
+    return torch.stack(losses).mean() if losses else unit[0].new_zeros(())
+
+def decorrelation_loss(quantized):
+    """
+    k codes (B,d,h,w), k > 1 -> how much of one sub-codebook's code a linear map tells by another's, 0 to 1, mean over
+    pairs: linear CKA (https://arxiv.org/abs/1905.00414). Not the paper's, whose orthogonal codes may still repeat each
+    other: a code may always come with the same orthogonal one.
+    """
+    losses = []
+    with torch.autocast(quantized[0].device.type, enabled=False):
+        vectors = [to_vectors(z_q.float()) for z_q in quantized]
+        centered = [v - v.mean(0) for v in vectors]
+        for a, b in itertools.combinations(centered, 2):
+            scale = (a.T @ a).norm() * (b.T @ b).norm()
+            losses.append((a.T @ b).square().sum() / (scale + 1e-6))
+    return torch.stack(losses).mean()
+
+def representation_loss(predicted, features):
+    """
+    InfoNCE: each prediction (B,D) is to find its own among a teacher's features (B,D), the other images of the
+    micro-batch being the negatives. Cosines without temperature, as in the official code. Section 3.2.
+    """
+    cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
+    return F.cross_entropy(cosine, torch.arange(len(cosine), device=cosine.device))
+
+# -----------------------------------------------------------------------------
+# Transformer blocks, of the adapters and the GPT
+
+def rotary_table(grid, head_dim):
+    """
+    (2, 1 + grid^2, head_dim): cosines, and sines as (-sin, sin) for each pair, of the class token and the
+    grid, row by row. The first half of the pairs turns by the row, the second by the column. The class
+    token's entries are zeros, as in the official code: every position attends to it with a score of 0.
+    """
+    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
+    angle = torch.arange(grid)[:, None] * frequency  # (grid, head_dim/4)
+    rows = angle.repeat_interleave(grid, 0)
+    columns = angle.repeat(grid, 1)
+    angle = torch.cat([rows, columns], 1)  # (grid^2, head_dim/2)
+    cos = angle.cos().repeat_interleave(2, 1)
+    sin = torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
+    return F.pad(torch.stack([cos, sin]), (0, 0, 1, 0))
+
+def rotate(x, table):
+    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), by a table (2, T, e)."""
+    cos, sin = table
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) -> (b, a)
+    return x * cos + swapped * sin
+
+def to_channels_last(x):
+    """In training on CPUs, a map with its channels last in memory: convolutions are up to a quarter faster."""
+    # not in encoding: GroupNorm loses digits in this layout, and images of one color find other codes
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, T, C) -> (B, T, C). In the GPT it is causal, rotary and cached."""
+
+    def __init__(self, width, heads, bias=True, causal=False):
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.qkv = nn.Linear(width, 3 * width, bias)
+        self.proj = nn.Linear(width, width, bias)
+
+    def forward(self, x, rotary=None, cache=None, position=0):
+        """cache (2, B, heads, length, e): keys and values of `position` tokens; x, one token, adds its own."""
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, e)
+        q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
+        v = qkv[2]
+        if cache is not None:
+            cache[0, :, :, position] = k[:, :, 0]
+            cache[1, :, :, position] = v[:, :, 0]
+            k, v = cache[:, :, :, :position + 1]
+        dtype = v.dtype
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            # under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
+            dtype = torch.promote_types(dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            is_causal = self.causal and cache is None
+            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal)
+        y = y.to(v.dtype).transpose(1, 2).reshape(B, T, C)
+        return self.proj(y)
+
+class MLP(nn.Module):
+    def __init__(self, width, activation=F.gelu):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+class SwiGLU(nn.Module):
+    def __init__(self, width, recompute=False):
+        super().__init__()
+        self.recompute = recompute
+        hidden = 256 * math.ceil(int(8 * width / 3) / 256)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        if self.recompute and torch.is_grad_enabled():  # keep two of the four hidden maps
+            return checkpoint(self.gated, self.w1(x), self.w3(x), use_reentrant=False, preserve_rng_state=False)
+        return self.gated(self.w1(x), self.w3(x))
+
+    def gated(self, gate, h):
+        return self.w2(F.silu(gate) * h)
+
+class Block(nn.Module):
+    """A pre-norm transformer block; dropout acts on the outputs of attention and MLP."""
+
+    def __init__(self, width, attn, mlp, norm=nn.LayerNorm, dropout=0.0):
+        super().__init__()
+        self.norm1 = norm(width)
+        self.attn = attn
+        self.norm2 = norm(width)
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, **attention_options):
+        x = x + self.dropout(self.attn(self.norm1(x), **attention_options))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x
+
+class ViT(nn.Module):
+    """A vision transformer: a map (B,C,h,w) -> (B,width,h,w), or the output of its class token (B,width)."""
+
+    def __init__(self, width, depth, heads, num_positions, proj_in, class_token=False, activation=F.gelu, eps=1e-5):
+        super().__init__()
+        norm = functools.partial(nn.LayerNorm, eps=eps)
+        scale = width**-0.5
+        self.proj_in = proj_in
+        self.class_embedding = nn.Parameter(scale * torch.randn(1, width)) if class_token else None
+        self.pos_embed = nn.Parameter(scale * torch.randn(num_positions + class_token, width))
+        self.norm_pre = norm(width)
+        self.blocks = nn.Sequential()
+        for _ in range(depth):
+            attn = Attention(width, heads)
+            nn.init.xavier_uniform_(attn.qkv.weight)  # as nn.MultiheadAttention, which the official code uses
+            nn.init.zeros_(attn.qkv.bias)
+            nn.init.zeros_(attn.proj.bias)
+            self.blocks.append(Block(width, attn, MLP(width, activation), norm))
+        self.norm_post = norm(width)
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        x = self.proj_in(x.flatten(2).transpose(1, 2))  # (B, h*w, width), row by row
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = self.blocks(self.norm_pre(x + self.pos_embed))
+        x = self.norm_post(x)
+        if self.class_embedding is not None:
+            return x[:, 0]
+        return to_channels_last(x.transpose(1, 2).unflatten(2, (h, w)))
+
+# -----------------------------------------------------------------------------
+# Tokenizer: the convolutional encoder and decoder of VQGAN
+
+def group_norm(channels, config):
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, config):
+        super().__init__()
+        self.norm1 = group_norm(c_in, config)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out, config)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.recompute = config.recompute
+
+    def forward(self, x):
+        if self.recompute and torch.is_grad_enabled():
+            # keep what the convolutions return, compute the rest again in the backward pass
+            context_fn = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+        return self.residual(x)
+
+    def residual(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+class AttnBlock(nn.Module):
+    """Self-attention with one head over all positions of a feature map."""
+
+    def __init__(self, channels, config):
+        super().__init__()
+        self.norm = group_norm(channels, config)
+        self.attn = Attention(channels, heads=1)
+
+    def forward(self, x):
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
+        h = self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + h
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # at the right and the bottom only, as VQGAN
+
+class Upsample(nn.Module):
+    """
+    Doubles every pixel along both sides, then a 3x3 convolution; as one transposed convolution, with 4/9
+    of the multiplications. Along one side, with the weights (a, b, c) and the pixels ... x y z ...:
+
+        doubled   x  x  y  y  z  z
+        outputs         ^ a x + b y + c y = a x + (b + c) y
+                           ^ a y + b y + c z = (a + b) y + c z
+
+    so y adds (c, b + c, a + b, a) times itself to four outputs in a row: a transposed convolution of
+    stride 2 with that kernel, which is (c, b, a) plus itself shifted by one.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        weight = self.conv.weight.transpose(0, 1).flip(2, 3)  # (C_in, C_out, 3, 3)
+        weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
+        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))  # (C_in, C_out, 4, 4)
+        return F.conv_transpose2d(x, to_channels_last(weight), self.conv.bias, stride=2, padding=1)
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, each with attention at the lowest one; then the next resolution."""
+
+    def __init__(self, c_in, c_out, num_blocks, config, attention, resample):
+        super().__init__()
+        widths = [c_in] + [c_out] * (num_blocks - 1)
+        self.res = nn.ModuleList(ResBlock(width, c_out, config) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in widths)
+        self.resample = resample(c_out)
+
+    def forward(self, x):
+        for res, attn in zip(self.res, self.attn):
+            x = attn(res(x))
+        return self.resample(x)
+
+def mid_block(channels, config):
+    return nn.Sequential(ResBlock(channels, channels, config), AttnBlock(channels, config),
+                         ResBlock(channels, channels, config))
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, C, h, w), the features that all adapters share."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch = nn.PixelUnshuffle(config.patch_size)
+        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
+        self.stages = nn.Sequential()
+        c_in = config.channels
+        for i, mult in enumerate(config.channel_mult):
+            is_lowest = i == len(config.channel_mult) - 1
+            resample = nn.Identity if is_lowest else Downsample
+            self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks, config, is_lowest, resample))
+            c_in = config.channels * mult
+        self.mid = mid_block(c_in, config)
+
+    def forward(self, x):
+        x = self.conv_in(self.patch(x))
+        return self.mid(self.stages(x))
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> (B, 3, H, W)"""
+
+    def __init__(self, config):
+        super().__init__()
+        c_in = config.channels * config.channel_mult[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, c_in, 3, padding=1)
+        self.mid = mid_block(c_in, config)
+        self.stages = nn.Sequential()
+        for i, mult in reversed(list(enumerate(config.channel_mult))):
+            is_lowest = i == len(config.channel_mult) - 1
+            resample = nn.Identity if i == 0 else Upsample
+            self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks + 1, config, is_lowest, resample))
+            c_in = config.channels * mult
+        self.norm_out = group_norm(c_in, config)
+        self.conv_out = nn.Conv2d(c_in, 3 * config.patch_size**2, 3, padding=1)
+        self.patch = nn.PixelShuffle(config.patch_size)
+
+    def forward(self, x):
+        x = self.stages(self.mid(self.conv_in(x)))
+        x = F.silu(self.norm_out(x))
+        return self.patch(self.conv_out(x))
+
+# -----------------------------------------------------------------------------
+# Tokenizer: the whole
+
+class Branch(nn.Module):
+    """Features (B,C,h,w) -> a sub-codebook's vectors (B,d,h,w); its quantizer and feature head. Section 3.2."""
+
+    def __init__(self, c_in, config, teacher_width=0):
+        super().__init__()
+        positions = config.grid**2
+        width = c_in
+        self.adapter = nn.Identity()
+        if config.adapter_depth:  # there is no skip around it
+            width = config.adapter_width
+            proj_in = nn.Linear(c_in, width) if c_in != width else nn.Identity()
+            self.adapter = ViT(width, config.adapter_depth, config.adapter_heads, positions, proj_in)
+        self.norm_out = group_norm(width, config)
+        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
+                                   config.entropy_weight, config.entropy_temperature)
+        self.feature_head = None
+        if teacher_width:  # predicts a teacher's features from the codes
+            proj_in = nn.Sequential(nn.Linear(config.codebook_dim, teacher_width), nn.ReLU(),
+                                    nn.Linear(teacher_width, teacher_width))
+            heads = math.gcd(8, teacher_width)
+            self.feature_head = ViT(teacher_width, 3, heads, positions, proj_in, class_token=True)
+
+    def forward(self, features):
+        h = self.norm_out(self.adapter(features))
+        return self.quant_conv(self.conv_out(F.silu(h)))
+
+class FQGAN(nn.Module):
+    """
+    The tokenizer: images (B,3,H,W) in [-1,1] <-> ids (B,k,h,w). Along k stands the low-level sub-codebook first, then
+    those that a teacher supervises.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        channels = config.channels * config.channel_mult[-1]
+        teacher_widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
+        self.branches = nn.ModuleList(Branch(channels, config, width) for width in teacher_widths)
+        self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode_vectors(self, images):
+        """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
+        c = self.config
+        H, W = images.shape[-2:]
+        check(not c.adapter_depth or H == W == c.image_size,
+              f"images are {W}x{H}; the adapters' positions are for {c.image_size}x{c.image_size}")
+        check(H % c.downsample == W % c.downsample == 0, f"images are {W}x{H}, not divisible by {c.downsample}")
+        features = self.encoder(to_channels_last(images))
+        return [branch(features) for branch in self.branches]
+
+    def decode_vectors(self, quantized):
+        """list of k codes (B,d,h,w) -> images (B,3,H,W) float32"""
+        h = self.post_quant_conv(torch.cat(quantized, 1))
+        return self.decoder(h).contiguous().float()
+
+    @torch.no_grad()
+    def encode(self, images):
+        """images (B,3,H,W) in [-1,1] -> ids (B,k,h,w) int64"""
+        vectors = self.encode_vectors(images)
+        ids = [branch.quantizer.nearest(z) for branch, z in zip(self.branches, vectors)]
+        return torch.stack(ids, 1)
+
+    @torch.no_grad()
+    def decode(self, ids, only=None):
+        """ids (B,k,h,w) -> images (B,3,H,W), about [-1,1]. only: sub-codebooks to use; other codes are 0."""
+        check(ids.ndim == 4 and ids.shape[1] == self.config.k,
+              f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
+        quantized = []
+        for i, branch in enumerate(self.branches):
+            codes = branch.quantizer.lookup(ids[:, i])
+            quantized.append(codes if only is None or i in only else torch.zeros_like(codes))
+        return self.decode_vectors(quantized)
+
+    def forward(self, images, teacher_features=()):
+        """
+        images (B,3,H,W), each teacher's features (B,D) -> (reconstruction (B,3,H,W), losses): scalars by name, with
+        their weights in them, to be added up. Perceptual and adversarial losses need other networks: train_tokenizer.py
+        adds them.
+        """
+        quantized = []
+        losses = {}
+        for branch, z in zip(self.branches, self.encode_vectors(images)):
+            z_q, _, branch_losses = branch.quantizer(z)
+            quantized.append(z_q)
+            for name, loss in branch_losses.items():
+                losses[name] = losses.get(name, 0) + loss
+        losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
+        if self.config.decorrelate_weight:
+            losses["decorrelate"] = self.config.decorrelate_weight * decorrelation_loss(quantized)
+
+        if teacher_features:  # the last sub-codebooks are supervised
+            loss = 0
+            n = len(teacher_features)
+            for branch, z_q, target in zip(self.branches[-n:], quantized[-n:], teacher_features):
+                loss = loss + representation_loss(branch.feature_head(z_q), target)
+            losses["representation"] = self.config.representation_weight * loss
+
+        reconstruction = self.decode_vectors(quantized)
+        losses["reconstruct"] = F.mse_loss(reconstruction, images)
+        return reconstruction, losses
+
+# -----------------------------------------------------------------------------
+# GPT
+
+@dataclass
+class GPTConfig:
+    """The factorized autoregressive model's shape. The defaults are FAR-Base with three sub-codebooks at 16x."""
+
+    # these follow from tokenizer and data
+    k: int = 3  # codes at each position
+    vocab_size: int = 16384  # codes in each sub-codebook
+    num_classes: int = 1000  # without the null class, which stands for none
+    grid: int = 16  # positions along each side of the image
+    n_layer: int = flag(24, "blocks of the trunk")
+    n_head: int = flag(16, "attention heads")
+    n_embd: int = flag(1024, "width")
+    head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 for k linear classifiers")
+    dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
+    label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
+    class_everywhere: bool = flag(False, "add the class to the trunk's input at every position")
+    recompute: bool = flag(False, "compute the MLPs' activations again in the backward pass, to save memory")
+
+    def __post_init__(self):
+        for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd", "head_layers"):
+            low = 0 if name == "head_layers" else 1
+            check(getattr(self, name) >= low, f"{name} is {getattr(self, name)}; it must be at least {low}")
+        for name in ("dropout", "label_dropout"):
+            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        check(self.grid <= 256, f"grid is {self.grid}; it must be at most 256")
+        check(self.n_embd % (4 * self.n_head) == 0,
+              f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
+        num_rows = 1 + self.grid**2  # of the rotary table
+        check(self.k <= num_rows, f"k={self.k} codes are more than the {num_rows} rotary positions of grid {self.grid}")
+
+class GPT(nn.Module):
+    """
+    FAR, section 3.3. The trunk, a LLaMA-style transformer, runs over positions: its input is the class,
+    then for each position a projection of the k codes there. The head, a small causal transformer, runs
+    over the k codes of a position: its input is the trunk's output, then the codes' embeddings. Without a
+    head, k linear layers read the trunk's output: LlamaGen's GPT (k=1), or the baseline of table 4.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.n_embd
+        self.class_embedding = nn.Embedding(config.num_classes + 1, D)  # the last row is the null class
+        self.token_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, D) for _ in range(config.k))
+        self.token_proj = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.trunk = nn.ModuleList(self.block() for _ in range(config.n_layer))
+        self.head = nn.ModuleList(self.block() for _ in range(config.head_layers))
+        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
+        self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
+
+        # initialization: with outputs of 0, the loss starts at ln(vocab_size); norms stay at 1
+        for name, p in self.named_parameters():
+            if name.startswith("outputs") or name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif p.ndim > 1:
+                nn.init.normal_(p, std=0.02)
+
+    def block(self):
+        c = self.config
+        attn = Attention(c.n_embd, c.n_head, bias=False, causal=True)
+        mlp = SwiGLU(c.n_embd, c.recompute)
+        return Block(c.n_embd, attn, mlp, functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
+
+    def forward(self, ids, labels):
+        """
+        ids (B,k,h,w), labels (B,) -> (logits (B,k,h*w,vocab_size) float32, mean cross-entropy). Equations 6, 7.
+        In training mode the logits are None: those of one sub-codebook at a time are enough for the loss.
+        """
+        c = self.config
+        ids = ids.flatten(2)
+        B, k, P = ids.shape
+        if self.training and c.label_dropout:
+            is_dropped = torch.rand(B, device=labels.device) < c.label_dropout
+            labels = labels.masked_fill(is_dropped, c.num_classes)
+
+        # trunk: the class, then every position but the last
+        embedded = [table(ids[:, i]) for i, table in enumerate(self.token_embeddings)]  # k of (B, P, D)
+        tokens = self.token_proj(torch.cat(embedded, -1))
+        class_token = self.class_embedding(labels)[:, None]  # (B, 1, D)
+        if c.class_everywhere:
+            tokens = tokens + class_token
+        x = torch.cat([class_token, tokens[:, :-1]], 1)  # (B, P, D)
+        x = self.dropout(x)
+        for block in self.trunk:
+            x = block(x, rotary=self.rotary[:, :P])
+
+        # head: the trunk's output, then every code of the position but the last
+        if self.head:
+            x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
+            for block in self.head:
+                # rows 0 to k-1 of the same table, as in the official code: the trunk's output has the zeros
+                x = block(x, rotary=self.rotary[:, :k])
+            x = x.view(B, P, k, -1)
+        else:
+            x = x[:, :, None].expand(-1, -1, k, -1)
+        x = self.norm(x)
+
+        all_logits = []
+        loss = 0
+        for i, output in enumerate(self.outputs):
+            logits = output(x[:, :, i]).float()  # (B, P, vocab_size)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, i].flatten()) / k
+            if not self.training:
+                all_logits.append(logits)
+        return torch.stack(all_logits, 1) if all_logits else None, loss
+
+    @torch.no_grad()
+    def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+        """
+        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values. Each of the four
+        sampling parameters is one number, or k of them. cfg_scale 1 is no guidance, which takes half the
+        time; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
+        """
+        c = self.config
+        B = len(labels)
+        if B:
+            first, last = labels.aminmax()
+            check(0 <= first and last <= c.num_classes,
+                  f"labels run from {first} to {last}, expected 0 to {c.num_classes} (the last for no class)")
+        cfg_scale = self.one_for_each_code("cfg_scale", cfg_scale)
+        temperature = self.one_for_each_code("temperature", temperature)
+        top_k = self.one_for_each_code("top_k", top_k)
+        top_p = self.one_for_each_code("top_p", top_p)
+        check(0 < min(top_p) and max(top_p) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
+        check(all(v == int(v) for v in top_k), f"top_k is {top_k}; it must be a whole number")
+
+        guided = any(scale != 1 for scale in cfg_scale)
+        if guided:  # the first half of every batch below is with the class, the second without
+            labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
+        head_dim = c.n_embd // c.n_head
+        rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
+        class_token = self.class_embedding(labels)[:, None]
+        x = class_token  # (B or 2B, 1, D), as every x below
+        trunk_caches = [x.new_empty(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
+        head_caches = [x.new_empty(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
+        ids = labels.new_empty(B, c.k, c.grid**2)
+
+        with packed_weights(self, len(labels)):
+            for position in range(c.grid**2):
+                # the trunk takes one step
+                for block, cache in zip(self.trunk, trunk_caches):
+                    x = block(x, rotary=rotary[:, position:position + 1], cache=cache, position=position)
+                trunk_output = x
+
+                # the head takes k, each given the code before it
+                embedded = []
+                for i in range(c.k):
+                    x = trunk_output if i == 0 or not self.head else embedded[-1]
+                    for block, cache in zip(self.head, head_caches):
+                        x = block(x, rotary=rotary[:, i:i + 1], cache=cache, position=i)
+                    logits = self.outputs[i](self.norm(x))[:, 0].float()  # (B or 2B, vocab_size)
+                    if guided:
+                        logits, null = logits.chunk(2)
+                        if cfg_scale[i] != 1:
+                            logits = null + cfg_scale[i] * (logits - null)
+                    code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
+                    ids[:, i, position] = code
+                    embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
+
+                # the next input of the trunk
+                x = self.token_proj(torch.cat(embedded, -1))
+                if c.class_everywhere:
+                    x = x + class_token
+        return ids.unflatten(2, (c.grid, c.grid))
+
+    def one_for_each_code(self, name, value):
+        """A sampling parameter, given as one number or k of them, as a list of k."""
+        k = self.config.k
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * k
+        check(len(values) == k, f"{name} has {len(values)} values; give one, or {k}, one for each code of a position")
+        check(all(0 <= v < 1e30 for v in values), f"{name} is {value}; it must be a finite number of at least 0")
+        return values
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """logits (B, V) -> ids (B,): temperature, then top-k, then top-p, which keeps the id that crosses p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / max(temperature, 1e-5)  # less would overflow
+    if 0 < top_k < logits.shape[-1]:
+        top, indices = logits.topk(int(top_k))  # exactly k of them, also where logits are equal
+        logits = torch.full_like(logits, -math.inf).scatter(-1, indices, top)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True, stable=True)
+        p = ordered.softmax(-1)
+        p_before = p.cumsum(-1) - p
+        ordered = ordered.masked_fill(p_before > top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+@contextlib.contextmanager
+def packed_weights(model, rows):
+    """
+    For sampling: eval mode; and on a CPU, copies of the linear layers' weights in oneDNN's own order, for
+    about `rows` inputs at a time. With so few the time goes into reading weights, and these are read up to
+    twice as fast. Where PyTorch lacks the (private) operators, the layers stay as they are.
+    """
+    was_training = model.training
+    model.eval()
+    weight = model.trunk[0].attn.qkv.weight
+    layers = []
+    if rows and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        with contextlib.suppress(AttributeError, RuntimeError):  # no such operator, or not for this type
+            for layer in layers:
+                packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+                forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=layer.bias,
+                                            attr="none", scalars=[], algorithm="")
+                forward(weight.new_zeros(1, layer.in_features))
+                layer.forward = forward
+        yield
+    finally:
+        model.train(was_training)
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+# -----------------------------------------------------------------------------
+# Networks that only the tokenizer's training needs
+
+def feature_distance(maps, others, weights):
+    """Two series of feature maps (B,C,h,w), and weights of each one's channels (or one number) -> (B,)"""
+    distance = 0
+    for a, b, weight in zip(maps, others, weights):
+        difference = (a - b).square() * weight
+        distance = distance + difference.sum(1).mean((1, 2))
+    return distance
+
+class LPIPS(nn.Module):
+    """
+    Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, of unit
+    length at each position; their squared difference, weighted by channel, averaged over positions. Frozen, and without
+    dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given; UserError where they
+    cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
+    """
+
+    layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # VGG-16's ReLUs that are compared: place, channels
+    vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+                "a78928a0af1e5f0f")
+
+    def __init__(self, vgg=None, lin=None):
+        super().__init__()
+        self.normalize = torchvision.transforms.Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
+        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
+        self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.layers.values())
+        load_weights(self.features, fetch(*self.vgg_file, local=vgg), r"features\.(.+)")
+        load_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
+        self.eval().requires_grad_(False)
+
+    def feature_maps(self, images):
+        """Yields the five feature maps, of unit length over the channels."""
+        x = to_channels_last(self.normalize(images))
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.layers:
+                yield F.normalize(x.float(), dim=1, eps=1e-10)
+
+    def forward(self, images, others):
+        weights = [lin.weight for lin in self.lin]
+        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
+
+class RandomFeatures(nn.Module):
+    """
+    A perceptual distance without a download: LPIPS's, in the features of four convolutions with random weights, always
+    the same, each normalized by the statistics of its batch. images (B,3,H,W) in [-1,1] twice -> (B,).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList()
+        generator = torch.Generator().manual_seed(0)
+        for c_in, c_out, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 2)):
+            conv = nn.utils.skip_init(nn.Conv2d, c_in, c_out, 3, stride, padding=1, bias=False)
+            nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)  # as nn.Conv2d starts
+            self.convs.append(conv)
+        self.requires_grad_(False)
+
+    def feature_maps(self, images):
+        """Yields the four feature maps, of unit length over the channels."""
+        x = to_channels_last(images)
+        for conv in self.convs:
+            x = F.batch_norm(conv(x), None, None, training=True)
+            x = F.leaky_relu(x, 0.2)
+            yield F.normalize(x.float(), dim=1)
+
+    def forward(self, images, others):
+        weights = [1] * len(self.convs)
+        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
+
+class Discriminator(nn.Module):
+    """PatchGAN (https://arxiv.org/abs/1611.07004): images (B,3,H,W) -> logits (B,1,h,w) of 70x70 patches."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
+            layers.append(nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(c_out))
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
+        layers.append(nn.Conv2d(512, 1, 4, padding=1))
+        self.main = nn.Sequential(*layers)
+        for layer in self.main:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0.0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1.0, 0.02)
+
+    def forward(self, images):
+        return self.main(images)
+
+def hinge_loss(real, fake):
+    """The discriminator's loss: logits of real images are pushed above 1, those of fake ones below -1."""
+    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+class Teacher(ViT):
+    """CLIP's or DINOv2's vision transformer: images (B,3,H,W) in [-1,1] -> class token (B,width)."""
+
+    def __init__(self, width, depth, patch_size, grid, clip):
+        super().__init__(width, depth, width // 64, grid**2, nn.Identity(), class_token=True,
+                         activation=quick_gelu if clip else F.gelu, eps=1e-5 if clip else 1e-6)
+        self.image_size = grid * patch_size
+        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=not clip)
+        normalize = torchvision.transforms.Normalize
+        if clip:
+            self.norm_post = nn.Identity()  # FQGAN takes CLIP's class token before the final norm
+            self.normalize = normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        else:
+            self.norm_pre = nn.Identity()
+            self.normalize = normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def forward(self, images):
+        images = F.interpolate(images, self.image_size, mode="nearest") / 2 + 0.5  # as the official code resizes
+        patches = self.patch_embed(self.normalize(images))
+        return super().forward(patches).float()
+
+CLIP_URL = "https://openaipublic.azureedge.net/clip/models"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2"
+TEACHERS = {  # name: (URL, the beginning of its SHA-256)
+    "clip_vitb16": (f"{CLIP_URL}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+                    "5806e77cd80f8b59"),
+    "clip_vitl14": (f"{CLIP_URL}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+                    "b8cca3fd41ae0c99"),
+    "dinov2_vits14": (f"{DINOV2_URL}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
+    "dinov2_vitb14": (f"{DINOV2_URL}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
+}
+
+def load_teacher(name, weights=None):
+    """
+    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D). name: one of TEACHERS, from the local file `weights`
+    or else fetched once; or the path of any model, a TorchScript (.pt) or torch.export (.pt2) file. Raises UserError
+    where it cannot be had.
+    """
+    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
+    check(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+            if name in TEACHERS:
+                teacher = published_teacher(path, clip=name.startswith("clip"))
+            elif path.suffix == ".pt2":
+                teacher = torch.export.load(path).module()
+            else:
+                teacher = torch.jit.load(path, map_location="cpu").float().eval()
+    except Exception as error:
+        raise UserError(f"{path} does not hold the teacher {name} ({one_line(error)})") from None
+    for p in teacher.parameters():  # TorchScript has no requires_grad_ for the whole
+        p.requires_grad_(False)
+    return teacher
+
+def published_teacher(path, clip):
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError:  # OpenAI's files are TorchScript archives
+        state = torch.jit.load(path, map_location="cpu").state_dict()
+    state = clip_weights(state) if clip else dinov2_weights(state)
+    width, _, patch_size, _ = state["patch_embed.weight"].shape
+    depth = count(state, r"blocks\.(\d+)")
+    teacher = Teacher(width, depth, patch_size, math.isqrt(len(state["pos_embed"])), clip)
+    teacher.load_state_dict(state)
+    return teacher.eval()
+
+# -----------------------------------------------------------------------------
 # Data: the built-in shapes
 
 def regular_polygon(n, inner_radius=1.0):
@@ -397,1018 +1409,6 @@ def training_batches(size, batch_size, seed, steps, first_step=0, rank=0, world_
             items.append((int(order[position % size]), f"{seed} {epoch}"))
         for i in range(0, len(items), micro_size):
             yield items[i:i + micro_size]
-
-# -----------------------------------------------------------------------------
-# Transformer blocks, of the adapters and the GPT
-
-def rotary_table(grid, head_dim):
-    """
-    (2, 1 + grid^2, head_dim): cosines, and sines as (-sin, sin) for each pair, of the class token and the
-    grid, row by row. The first half of the pairs turns by the row, the second by the column. The class
-    token's entries are zeros, as in the official code: every position attends to it with a score of 0.
-    """
-    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
-    angle = torch.arange(grid)[:, None] * frequency  # (grid, head_dim/4)
-    rows = angle.repeat_interleave(grid, 0)
-    columns = angle.repeat(grid, 1)
-    angle = torch.cat([rows, columns], 1)  # (grid^2, head_dim/2)
-    cos = angle.cos().repeat_interleave(2, 1)
-    sin = torch.stack([-angle.sin(), angle.sin()], 2).flatten(1)
-    return F.pad(torch.stack([cos, sin]), (0, 0, 1, 0))
-
-def rotate(x, table):
-    """Turns the pairs (a, b) of x (..., T, e) into (a cos - b sin, b cos + a sin), by a table (2, T, e)."""
-    cos, sin = table
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) -> (b, a)
-    return x * cos + swapped * sin
-
-def to_channels_last(x):
-    """In training on CPUs, a map with its channels last in memory: convolutions are up to a quarter faster."""
-    # not in encoding: GroupNorm loses digits in this layout, and images of one color find other codes
-    if x.device.type == "cpu" and torch.is_grad_enabled():
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.contiguous()
-
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, T, C) -> (B, T, C). In the GPT it is causal, rotary and cached."""
-
-    def __init__(self, width, heads, bias=True, causal=False):
-        super().__init__()
-        self.heads = heads
-        self.causal = causal
-        self.qkv = nn.Linear(width, 3 * width, bias)
-        self.proj = nn.Linear(width, width, bias)
-
-    def forward(self, x, rotary=None, cache=None, position=0):
-        """cache (2, B, heads, length, e): keys and values of `position` tokens; x, one token, adds its own."""
-        B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, e)
-        q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
-        v = qkv[2]
-        if cache is not None:
-            cache[0, :, :, position] = k[:, :, 0]
-            cache[1, :, :, position] = v[:, :, 0]
-            k, v = cache[:, :, :, :position + 1]
-        dtype = v.dtype
-        if x.device.type == "cpu" and torch.is_grad_enabled():
-            # under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
-            dtype = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            is_causal = self.causal and cache is None
-            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal)
-        y = y.to(v.dtype).transpose(1, 2).reshape(B, T, C)
-        return self.proj(y)
-
-class MLP(nn.Module):
-    def __init__(self, width, activation=F.gelu):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-        self.activation = activation
-
-    def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
-
-class SwiGLU(nn.Module):
-    def __init__(self, width, recompute=False):
-        super().__init__()
-        self.recompute = recompute
-        hidden = 256 * math.ceil(int(8 * width / 3) / 256)
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x):
-        if self.recompute and torch.is_grad_enabled():  # keep two of the four hidden maps
-            return checkpoint(self.gated, self.w1(x), self.w3(x), use_reentrant=False, preserve_rng_state=False)
-        return self.gated(self.w1(x), self.w3(x))
-
-    def gated(self, gate, h):
-        return self.w2(F.silu(gate) * h)
-
-class Block(nn.Module):
-    """A pre-norm transformer block; dropout acts on the outputs of attention and MLP."""
-
-    def __init__(self, width, attn, mlp, norm=nn.LayerNorm, dropout=0.0):
-        super().__init__()
-        self.norm1 = norm(width)
-        self.attn = attn
-        self.norm2 = norm(width)
-        self.mlp = mlp
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x, **attention_options):
-        x = x + self.dropout(self.attn(self.norm1(x), **attention_options))
-        x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x
-
-class ViT(nn.Module):
-    """A vision transformer: a map (B,C,h,w) -> (B,width,h,w), or the output of its class token (B,width)."""
-
-    def __init__(self, width, depth, heads, num_positions, proj_in, class_token=False, activation=F.gelu, eps=1e-5):
-        super().__init__()
-        norm = functools.partial(nn.LayerNorm, eps=eps)
-        scale = width**-0.5
-        self.proj_in = proj_in
-        self.class_embedding = nn.Parameter(scale * torch.randn(1, width)) if class_token else None
-        self.pos_embed = nn.Parameter(scale * torch.randn(num_positions + class_token, width))
-        self.norm_pre = norm(width)
-        self.blocks = nn.Sequential()
-        for _ in range(depth):
-            attn = Attention(width, heads)
-            nn.init.xavier_uniform_(attn.qkv.weight)  # as nn.MultiheadAttention, which the official code uses
-            nn.init.zeros_(attn.qkv.bias)
-            nn.init.zeros_(attn.proj.bias)
-            self.blocks.append(Block(width, attn, MLP(width, activation), norm))
-        self.norm_post = norm(width)
-
-    def forward(self, x):
-        h, w = x.shape[2:]
-        x = self.proj_in(x.flatten(2).transpose(1, 2))  # (B, h*w, width), row by row
-        if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        x = self.blocks(self.norm_pre(x + self.pos_embed))
-        x = self.norm_post(x)
-        if self.class_embedding is not None:
-            return x[:, 0]
-        return to_channels_last(x.transpose(1, 2).unflatten(2, (h, w)))
-
-# -----------------------------------------------------------------------------
-# Tokenizer: config
-
-def flag(default, help):
-    """A config field whose explanation is also the help text of its command-line flag."""
-    return field(default=default, metadata={"help": help})
-
-CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
-
-@dataclass
-class FQGANConfig:
-    """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
-
-    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN")
-    codebook_size: int = flag(16384, "codes in each sub-codebook")
-    codebook_dim: int = flag(8, "dimension of a code")
-    image_size: int = flag(256, "side of the square images, in pixels")
-    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two")
-    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first")
-    channels: int = flag(128, "channels of the convolutions at the finest stage")
-    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
-    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more")
-    norm_groups: int = flag(32, "groups of GroupNorm; with few channels in each, an image's mean color is lost")
-    z_channels: int = flag(256, "channels between the convolutions and the quantizers")
-    adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
-    adapter_width: int = flag(512, "width of the adapters")
-    adapter_heads: int = flag(8, "attention heads of the adapters")
-    recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
-    commit_weight: float = flag(0.25, "weight of the commitment loss")
-    entropy_weight: float = flag(0.03, "weight of the entropy loss")
-    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at")
-    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
-    disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
-    decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
-    representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
-    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
-    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
-    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
-    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
-    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            low = 0 if f.name in ("adapter_depth", "disc_start") else 1
-            check(f.type is not int or value >= low, f"{f.name} is {value}; it must be at least {low}")
-        check(self.perceptual in ("lpips", "random"), f"perceptual is {self.perceptual!r}; choose lpips or random")
-        for name in ("entropy_temperature", "entropy_final"):
-            check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
-        check(self.downsample.bit_count() == 1 < self.downsample, f"downsample {self.downsample} is not a power of two")
-        check(self.downsample % self.patch_size == 0,
-              f"downsample {self.downsample} must be a multiple of patch_size {self.patch_size}")
-        divisible = max(1, self.image_size // self.downsample) * self.downsample
-        check(self.image_size == divisible,
-              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {divisible} is")
-
-        factor = self.downsample // self.patch_size
-        num_stages = factor.bit_length()
-        self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
-        self.teacher_widths = tuple(self.teacher_widths)
-        num_given = len(self.channel_mult)
-        check(num_given == num_stages,
-              f"channel_mult {self.channel_mult} names {num_given} stages; there are {num_stages}")
-        check(min(self.channel_mult) > 0, f"channel_mult is {self.channel_mult}; each must be above 0")
-        check(self.channels % self.norm_groups == 0,
-              f"channels {self.channels} must be a multiple of norm_groups {self.norm_groups}")
-        divisor = math.lcm(self.norm_groups, self.adapter_heads)
-        check(self.adapter_depth == 0 or self.adapter_width % divisor == 0,
-              f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} "
-              f"and of adapter_heads {self.adapter_heads}")
-        num_teachers = len(self.teacher_widths)
-        check(num_teachers <= self.k, f"{num_teachers} teachers are more than k={self.k} sub-codebooks")
-        check(self.k > 1 or not self.decorrelate_weight, "decorrelate_weight needs two sub-codebooks or more: k is 1")
-
-    @property
-    def grid(self):
-        return self.image_size // self.downsample
-
-# -----------------------------------------------------------------------------
-# Tokenizer: the convolutional encoder and decoder of VQGAN
-
-def group_norm(channels, config):
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
-
-class ResBlock(nn.Module):
-    def __init__(self, c_in, c_out, config):
-        super().__init__()
-        self.norm1 = group_norm(c_in, config)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out, config)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.recompute = config.recompute
-
-    def forward(self, x):
-        if self.recompute and torch.is_grad_enabled():
-            # keep what the convolutions return, compute the rest again in the backward pass
-            context_fn = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
-            return checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
-        return self.residual(x)
-
-    def residual(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h
-
-class AttnBlock(nn.Module):
-    """Self-attention with one head over all positions of a feature map."""
-
-    def __init__(self, channels, config):
-        super().__init__()
-        self.norm = group_norm(channels, config)
-        self.attn = Attention(channels, heads=1)
-
-    def forward(self, x):
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, h*w, C)
-        h = self.attn(h).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + h
-
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # at the right and the bottom only, as VQGAN
-
-class Upsample(nn.Module):
-    """
-    Doubles every pixel along both sides, then a 3x3 convolution; as one transposed convolution, with 4/9
-    of the multiplications. Along one side, with the weights (a, b, c) and the pixels ... x y z ...:
-
-        doubled   x  x  y  y  z  z
-        outputs         ^ a x + b y + c y = a x + (b + c) y
-                           ^ a y + b y + c z = (a + b) y + c z
-
-    so y adds (c, b + c, a + b, a) times itself to four outputs in a row: a transposed convolution of
-    stride 2 with that kernel, which is (c, b, a) plus itself shifted by one.
-    """
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        weight = self.conv.weight.transpose(0, 1).flip(2, 3)  # (C_in, C_out, 3, 3)
-        weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
-        weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))  # (C_in, C_out, 4, 4)
-        return F.conv_transpose2d(x, to_channels_last(weight), self.conv.bias, stride=2, padding=1)
-
-class Stage(nn.Module):
-    """Residual blocks at one resolution, each with attention at the lowest one; then the next resolution."""
-
-    def __init__(self, c_in, c_out, num_blocks, config, attention, resample):
-        super().__init__()
-        widths = [c_in] + [c_out] * (num_blocks - 1)
-        self.res = nn.ModuleList(ResBlock(width, c_out, config) for width in widths)
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) if attention else nn.Identity() for _ in widths)
-        self.resample = resample(c_out)
-
-    def forward(self, x):
-        for res, attn in zip(self.res, self.attn):
-            x = attn(res(x))
-        return self.resample(x)
-
-def mid_block(channels, config):
-    return nn.Sequential(ResBlock(channels, channels, config), AttnBlock(channels, config),
-                         ResBlock(channels, channels, config))
-
-class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, C, h, w), the features that all adapters share."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.patch = nn.PixelUnshuffle(config.patch_size)
-        self.conv_in = nn.Conv2d(3 * config.patch_size**2, config.channels, 3, padding=1)
-        self.stages = nn.Sequential()
-        c_in = config.channels
-        for i, mult in enumerate(config.channel_mult):
-            is_lowest = i == len(config.channel_mult) - 1
-            resample = nn.Identity if is_lowest else Downsample
-            self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks, config, is_lowest, resample))
-            c_in = config.channels * mult
-        self.mid = mid_block(c_in, config)
-
-    def forward(self, x):
-        x = self.conv_in(self.patch(x))
-        return self.mid(self.stages(x))
-
-class Decoder(nn.Module):
-    """(B, z_channels, h, w) -> (B, 3, H, W)"""
-
-    def __init__(self, config):
-        super().__init__()
-        c_in = config.channels * config.channel_mult[-1]
-        self.conv_in = nn.Conv2d(config.z_channels, c_in, 3, padding=1)
-        self.mid = mid_block(c_in, config)
-        self.stages = nn.Sequential()
-        for i, mult in reversed(list(enumerate(config.channel_mult))):
-            is_lowest = i == len(config.channel_mult) - 1
-            resample = nn.Identity if i == 0 else Upsample
-            self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks + 1, config, is_lowest, resample))
-            c_in = config.channels * mult
-        self.norm_out = group_norm(c_in, config)
-        self.conv_out = nn.Conv2d(c_in, 3 * config.patch_size**2, 3, padding=1)
-        self.patch = nn.PixelShuffle(config.patch_size)
-
-    def forward(self, x):
-        x = self.stages(self.mid(self.conv_in(x)))
-        x = F.silu(self.norm_out(x))
-        return self.patch(self.conv_out(x))
-
-# -----------------------------------------------------------------------------
-# Tokenizer: quantizers and their losses
-
-class Quantizer(nn.Module):
-    """
-    One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
-    the nearest code has the largest cosine. Always in float32: in bfloat16 one random vector in fifteen finds another
-    code. A quantizer of another kind needs the methods below, `last_ids`, which training counts, and `codebook` (V,d)
-    to load published files.
-    """
-
-    def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
-        super().__init__()
-        self.commit_weight = commit_weight
-        self.entropy_weight = entropy_weight
-        self.entropy_temperature = entropy_temperature
-        self.codebook = nn.Parameter(F.normalize(torch.rand(codebook_size, codebook_dim) - 0.5, dim=-1))
-        self.last_ids = None
-
-    def lookup(self, ids):
-        """ids (B,h,w) -> codes of unit length (B,d,h,w)"""
-        codes = F.embedding(ids, self.codebook.float())
-        return F.normalize(codes, dim=-1).permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def nearest(self, z):
-        """z (B,d,h,w) of any length -> ids (B,h,w)"""
-        with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1)
-            codes = F.normalize(self.codebook.float(), dim=-1)
-            ids = nearest_codes(to_vectors(z), codes)
-        return ids.view(len(z), *z.shape[2:])
-
-    def forward(self, z):
-        """z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), dict of weighted losses)"""
-        with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1)
-            codes = F.normalize(self.codebook.float(), dim=-1)
-
-            # nearest code
-            if self.entropy_weight:
-                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
-            else:
-                entropy = z.new_zeros(())
-                ids = nearest_codes(to_vectors(z), codes)
-            ids = ids.view(len(z), *z.shape[2:])
-            z_q = codes[ids].permute(0, 3, 1, 2)
-
-            losses = {
-                "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
-                "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
-                "entropy": self.entropy_weight * entropy,  # sharpens and spreads the choices
-            }
-        self.last_ids = ids
-        z_q = z + (z_q - z).detach()  # straight-through: the value of z_q, the gradient of z
-        return z_q, ids, losses
-
-def to_vectors(z):
-    """(B,d,h,w) -> (B*h*w, d)"""
-    return z.permute(0, 2, 3, 1).flatten(0, 2)
-
-def chunk_size(codes):
-    """How many vectors are compared with all codes (V,d) at a time."""
-    entries = 2**18 if codes.device.type == "cpu" else 2**26  # a CPU's cache, 256 MB of a GPU
-    return max(16, entries // len(codes))
-
-@torch.no_grad()
-def nearest_codes(vectors, codes):
-    """vectors (n,d) and codes (V,d), all of unit length -> the number of each vector's nearest code (n,)"""
-    chunks = vectors.split(chunk_size(codes))
-    return torch.cat([(chunk @ codes.T).argmax(1) for chunk in chunks])
-
-class EntropyLoss(torch.autograd.Function):
-    """
-    MAGVIT-v2's entropy penalty: mean entropy of the soft assignments, minus the entropy of their mean.
-    z (n,d) and codes (V,d), all of unit length -> (loss, each vector's nearest code (n,), which the same pass finds).
-
-    In plain PyTorch, with |z - c|^2 = 2 - 2 z.c and the constant left out:
-
-        s = 2 / temperature * z @ codes.T                     # (n, V)
-        p = s.softmax(1)
-        m = p.mean(0)                                         # (V,)
-        loss = -(p * p.log()).sum(1).mean() + (m * (m + 1e-5).log()).sum()
-
-    Here the (n, V) matrices exist a few rows at a time and are computed again in the backward pass, so that memory does
-    not grow with n. The derivative, written out:
-
-        loss by p_ij   (-log p_ij - 1 + log(m_j + 1e-5) + m_j / (m_j + 1e-5)) / n
-                       where log p_ij = s_ij - logsumexp(s_i)
-        call it        g_ij / n, without the -1: what is constant along j has no effect on the next line
-        loss by s_i    p_i * (g_i - p_i.g_i) / n              # the softmax's Jacobian
-        loss by z      2 / temperature * (loss by s) @ codes
-        loss by codes  2 / temperature * (loss by s).T @ z
-    """
-
-    @staticmethod
-    def assignments(z, codes, temperature):
-        """Yields a slice of r rows of z, s (r,V), p (r,V), logsumexp(s) (r,1), nearest code (r,1)."""
-        scaled_codes = codes.T * (2 / temperature)
-        size = chunk_size(codes)
-        for first in range(0, len(z), size):
-            rows = slice(first, first + size)
-            s = z[rows] @ scaled_codes
-            p = s.softmax(1)
-            top, nearest = s.max(1, keepdim=True)
-            logsumexp = top - p.gather(1, nearest).log()  # without a second exp
-            yield rows, s, p, logsumexp, nearest
-
-    @staticmethod
-    def forward(ctx, z, codes, temperature):
-        entropy = 0
-        p_sum = 0
-        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # a list would fragment the memory
-        for rows, s, p, logsumexp, nearest in EntropyLoss.assignments(z, codes, temperature):
-            entropy = entropy + (logsumexp.squeeze(1) - torch.linalg.vecdot(p, s)).sum()  # -(p * log p).sum()
-            p_sum = p_sum + p.sum(0)
-            ids[rows] = nearest.squeeze(1)
-        m = p_sum / len(z)
-        ctx.save_for_backward(z, codes, m)
-        ctx.mark_non_differentiable(ids)
-        ctx.temperature = temperature
-        return entropy / len(z) + (m * (m + 1e-5).log()).sum(), ids
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        z, codes, m = ctx.saved_tensors
-        m_term = (m + 1e-5).log() + m / (m + 1e-5)
-        grad_z = torch.empty_like(z)
-        grad_codes = torch.zeros_like(codes)
-        with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
-            for rows, s, p, logsumexp, _ in EntropyLoss.assignments(z, codes, ctx.temperature):
-                g = s.neg_().add_(m_term).add_(logsumexp)
-                grad_s = g.sub_(torch.linalg.vecdot(p, g)[:, None]).mul_(p)
-                torch.mm(grad_s, codes, out=grad_z[rows])
-                grad_codes.addmm_(grad_s.T, z[rows])
-        scale = grad * 2 / (ctx.temperature * len(z))
-        return grad_z * scale, grad_codes * scale, None
-
-entropy_loss = EntropyLoss.apply
-
-def disentangle_loss(quantized):
-    """k codes (B,d,h,w) -> mean squared cosine over all pairs of sub-codebooks; 0 for k=1. Section 3.2."""
-    unit = [F.normalize(z_q.float(), dim=1) for z_q in quantized]
-    losses = [(a * b).sum(1).square().mean() for a, b in itertools.combinations(unit, 2)]
-    return torch.stack(losses).mean() if losses else unit[0].new_zeros(())
-
-def decorrelation_loss(quantized):
-    """
-    k codes (B,d,h,w), k > 1 -> how much of one sub-codebook's code a linear map tells by another's, 0 to 1, mean over
-    pairs: linear CKA (https://arxiv.org/abs/1905.00414). Not the paper's, whose orthogonal codes may still repeat each
-    other: a code may always come with the same orthogonal one.
-    """
-    losses = []
-    with torch.autocast(quantized[0].device.type, enabled=False):
-        vectors = [to_vectors(z_q.float()) for z_q in quantized]
-        centered = [v - v.mean(0) for v in vectors]
-        for a, b in itertools.combinations(centered, 2):
-            scale = (a.T @ a).norm() * (b.T @ b).norm()
-            losses.append((a.T @ b).square().sum() / (scale + 1e-6))
-    return torch.stack(losses).mean()
-
-def representation_loss(predicted, features):
-    """
-    InfoNCE: each prediction (B,D) is to find its own among a teacher's features (B,D), the other images of the
-    micro-batch being the negatives. Cosines without temperature, as in the official code. Section 3.2.
-    """
-    cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
-    return F.cross_entropy(cosine, torch.arange(len(cosine), device=cosine.device))
-
-# -----------------------------------------------------------------------------
-# Tokenizer: the whole
-
-class Branch(nn.Module):
-    """Features (B,C,h,w) -> a sub-codebook's vectors (B,d,h,w); its quantizer and feature head. Section 3.2."""
-
-    def __init__(self, c_in, config, teacher_width=0):
-        super().__init__()
-        positions = config.grid**2
-        width = c_in
-        self.adapter = nn.Identity()
-        if config.adapter_depth:  # there is no skip around it
-            width = config.adapter_width
-            proj_in = nn.Linear(c_in, width) if c_in != width else nn.Identity()
-            self.adapter = ViT(width, config.adapter_depth, config.adapter_heads, positions, proj_in)
-        self.norm_out = group_norm(width, config)
-        self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
-                                   config.entropy_weight, config.entropy_temperature)
-        self.feature_head = None
-        if teacher_width:  # predicts a teacher's features from the codes
-            proj_in = nn.Sequential(nn.Linear(config.codebook_dim, teacher_width), nn.ReLU(),
-                                    nn.Linear(teacher_width, teacher_width))
-            heads = math.gcd(8, teacher_width)
-            self.feature_head = ViT(teacher_width, 3, heads, positions, proj_in, class_token=True)
-
-    def forward(self, features):
-        h = self.norm_out(self.adapter(features))
-        return self.quant_conv(self.conv_out(F.silu(h)))
-
-class FQGAN(nn.Module):
-    """
-    The tokenizer: images (B,3,H,W) in [-1,1] <-> ids (B,k,h,w). Along k stands the low-level sub-codebook first, then
-    those that a teacher supervises.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        channels = config.channels * config.channel_mult[-1]
-        teacher_widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
-        self.branches = nn.ModuleList(Branch(channels, config, width) for width in teacher_widths)
-        self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
-        self.decoder = Decoder(config)
-
-    def encode_vectors(self, images):
-        """images (B,3,H,W) -> what the k quantizers are given: a list of (B,d,h,w)"""
-        c = self.config
-        H, W = images.shape[-2:]
-        check(not c.adapter_depth or H == W == c.image_size,
-              f"images are {W}x{H}; the adapters' positions are for {c.image_size}x{c.image_size}")
-        check(H % c.downsample == W % c.downsample == 0, f"images are {W}x{H}, not divisible by {c.downsample}")
-        features = self.encoder(to_channels_last(images))
-        return [branch(features) for branch in self.branches]
-
-    def decode_vectors(self, quantized):
-        """list of k codes (B,d,h,w) -> images (B,3,H,W) float32"""
-        h = self.post_quant_conv(torch.cat(quantized, 1))
-        return self.decoder(h).contiguous().float()
-
-    @torch.no_grad()
-    def encode(self, images):
-        """images (B,3,H,W) in [-1,1] -> ids (B,k,h,w) int64"""
-        vectors = self.encode_vectors(images)
-        ids = [branch.quantizer.nearest(z) for branch, z in zip(self.branches, vectors)]
-        return torch.stack(ids, 1)
-
-    @torch.no_grad()
-    def decode(self, ids, only=None):
-        """ids (B,k,h,w) -> images (B,3,H,W), about [-1,1]. only: sub-codebooks to use; other codes are 0."""
-        check(ids.ndim == 4 and ids.shape[1] == self.config.k,
-              f"ids have shape {tuple(ids.shape)}, expected (B, {self.config.k}, h, w)")
-        quantized = []
-        for i, branch in enumerate(self.branches):
-            codes = branch.quantizer.lookup(ids[:, i])
-            quantized.append(codes if only is None or i in only else torch.zeros_like(codes))
-        return self.decode_vectors(quantized)
-
-    def forward(self, images, teacher_features=()):
-        """
-        images (B,3,H,W), each teacher's features (B,D) -> (reconstruction (B,3,H,W), losses): scalars by name, with
-        their weights in them, to be added up. Perceptual and adversarial losses need other networks: train_tokenizer.py
-        adds them.
-        """
-        quantized = []
-        losses = {}
-        for branch, z in zip(self.branches, self.encode_vectors(images)):
-            z_q, _, branch_losses = branch.quantizer(z)
-            quantized.append(z_q)
-            for name, loss in branch_losses.items():
-                losses[name] = losses.get(name, 0) + loss
-        losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
-        if self.config.decorrelate_weight:
-            losses["decorrelate"] = self.config.decorrelate_weight * decorrelation_loss(quantized)
-
-        if teacher_features:  # the last sub-codebooks are supervised
-            loss = 0
-            n = len(teacher_features)
-            for branch, z_q, target in zip(self.branches[-n:], quantized[-n:], teacher_features):
-                loss = loss + representation_loss(branch.feature_head(z_q), target)
-            losses["representation"] = self.config.representation_weight * loss
-
-        reconstruction = self.decode_vectors(quantized)
-        losses["reconstruct"] = F.mse_loss(reconstruction, images)
-        return reconstruction, losses
-
-# -----------------------------------------------------------------------------
-# Networks that only the tokenizer's training needs
-
-def feature_distance(maps, others, weights):
-    """Two series of feature maps (B,C,h,w), and weights of each one's channels (or one number) -> (B,)"""
-    distance = 0
-    for a, b, weight in zip(maps, others, weights):
-        difference = (a - b).square() * weight
-        distance = distance + difference.sum(1).mean((1, 2))
-    return distance
-
-class LPIPS(nn.Module):
-    """
-    Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, of unit
-    length at each position; their squared difference, weighted by channel, averaged over positions. Frozen, and without
-    dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given; UserError where they
-    cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
-    """
-
-    layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # VGG-16's ReLUs that are compared: place, channels
-    vgg_file = ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
-    lin_file = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-                "a78928a0af1e5f0f")
-
-    def __init__(self, vgg=None, lin=None):
-        super().__init__()
-        self.normalize = torchvision.transforms.Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
-        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
-        self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.layers.values())
-        load_weights(self.features, fetch(*self.vgg_file, local=vgg), r"features\.(.+)")
-        load_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
-        self.eval().requires_grad_(False)
-
-    def feature_maps(self, images):
-        """Yields the five feature maps, of unit length over the channels."""
-        x = to_channels_last(self.normalize(images))
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in self.layers:
-                yield F.normalize(x.float(), dim=1, eps=1e-10)
-
-    def forward(self, images, others):
-        weights = [lin.weight for lin in self.lin]
-        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
-
-class RandomFeatures(nn.Module):
-    """
-    A perceptual distance without a download: LPIPS's, in the features of four convolutions with random weights, always
-    the same, each normalized by the statistics of its batch. images (B,3,H,W) in [-1,1] twice -> (B,).
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList()
-        generator = torch.Generator().manual_seed(0)
-        for c_in, c_out, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 2)):
-            conv = nn.utils.skip_init(nn.Conv2d, c_in, c_out, 3, stride, padding=1, bias=False)
-            nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)  # as nn.Conv2d starts
-            self.convs.append(conv)
-        self.requires_grad_(False)
-
-    def feature_maps(self, images):
-        """Yields the four feature maps, of unit length over the channels."""
-        x = to_channels_last(images)
-        for conv in self.convs:
-            x = F.batch_norm(conv(x), None, None, training=True)
-            x = F.leaky_relu(x, 0.2)
-            yield F.normalize(x.float(), dim=1)
-
-    def forward(self, images, others):
-        weights = [1] * len(self.convs)
-        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
-
-class Discriminator(nn.Module):
-    """PatchGAN (https://arxiv.org/abs/1611.07004): images (B,3,H,W) -> logits (B,1,h,w) of 70x70 patches."""
-
-    def __init__(self):
-        super().__init__()
-        layers = [nn.Conv2d(3, 64, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
-        for c_in, c_out, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
-            layers.append(nn.Conv2d(c_in, c_out, 4, stride, padding=1, bias=False))
-            layers.append(nn.BatchNorm2d(c_out))
-            layers.append(nn.LeakyReLU(0.2, inplace=True))
-        layers.append(nn.Conv2d(512, 1, 4, padding=1))
-        self.main = nn.Sequential(*layers)
-        for layer in self.main:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, 0.0, 0.02)
-            elif isinstance(layer, nn.BatchNorm2d):
-                nn.init.normal_(layer.weight, 1.0, 0.02)
-
-    def forward(self, images):
-        return self.main(images)
-
-def hinge_loss(real, fake):
-    """The discriminator's loss: logits of real images are pushed above 1, those of fake ones below -1."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
-
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-class Teacher(ViT):
-    """CLIP's or DINOv2's vision transformer: images (B,3,H,W) in [-1,1] -> class token (B,width)."""
-
-    def __init__(self, width, depth, patch_size, grid, clip):
-        super().__init__(width, depth, width // 64, grid**2, nn.Identity(), class_token=True,
-                         activation=quick_gelu if clip else F.gelu, eps=1e-5 if clip else 1e-6)
-        self.image_size = grid * patch_size
-        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=not clip)
-        normalize = torchvision.transforms.Normalize
-        if clip:
-            self.norm_post = nn.Identity()  # FQGAN takes CLIP's class token before the final norm
-            self.normalize = normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-        else:
-            self.norm_pre = nn.Identity()
-            self.normalize = normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-    def forward(self, images):
-        images = F.interpolate(images, self.image_size, mode="nearest") / 2 + 0.5  # as the official code resizes
-        patches = self.patch_embed(self.normalize(images))
-        return super().forward(patches).float()
-
-CLIP_URL = "https://openaipublic.azureedge.net/clip/models"
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2"
-TEACHERS = {  # name: (URL, the beginning of its SHA-256)
-    "clip_vitb16": (f"{CLIP_URL}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                    "5806e77cd80f8b59"),
-    "clip_vitl14": (f"{CLIP_URL}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-                    "b8cca3fd41ae0c99"),
-    "dinov2_vits14": (f"{DINOV2_URL}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
-    "dinov2_vitb14": (f"{DINOV2_URL}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
-}
-
-def load_teacher(name, weights=None):
-    """
-    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D). name: one of TEACHERS, from the local file `weights`
-    or else fetched once; or the path of any model, a TorchScript (.pt) or torch.export (.pt2) file. Raises UserError
-    where it cannot be had.
-    """
-    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
-    check(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
-            if name in TEACHERS:
-                teacher = published_teacher(path, clip=name.startswith("clip"))
-            elif path.suffix == ".pt2":
-                teacher = torch.export.load(path).module()
-            else:
-                teacher = torch.jit.load(path, map_location="cpu").float().eval()
-    except Exception as error:
-        raise UserError(f"{path} does not hold the teacher {name} ({one_line(error)})") from None
-    for p in teacher.parameters():  # TorchScript has no requires_grad_ for the whole
-        p.requires_grad_(False)
-    return teacher
-
-def published_teacher(path, clip):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError:  # OpenAI's files are TorchScript archives
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    state = clip_weights(state) if clip else dinov2_weights(state)
-    width, _, patch_size, _ = state["patch_embed.weight"].shape
-    depth = count(state, r"blocks\.(\d+)")
-    teacher = Teacher(width, depth, patch_size, math.isqrt(len(state["pos_embed"])), clip)
-    teacher.load_state_dict(state)
-    return teacher.eval()
-
-# -----------------------------------------------------------------------------
-# GPT
-
-@dataclass
-class GPTConfig:
-    """The factorized autoregressive model's shape. The defaults are FAR-Base with three sub-codebooks at 16x."""
-
-    # these follow from tokenizer and data
-    k: int = 3  # codes at each position
-    vocab_size: int = 16384  # codes in each sub-codebook
-    num_classes: int = 1000  # without the null class, which stands for none
-    grid: int = 16  # positions along each side of the image
-    n_layer: int = flag(24, "blocks of the trunk")
-    n_head: int = flag(16, "attention heads")
-    n_embd: int = flag(1024, "width")
-    head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 for k linear classifiers")
-    dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
-    label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
-    class_everywhere: bool = flag(False, "add the class to the trunk's input at every position")
-    recompute: bool = flag(False, "compute the MLPs' activations again in the backward pass, to save memory")
-
-    def __post_init__(self):
-        for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd", "head_layers"):
-            low = 0 if name == "head_layers" else 1
-            check(getattr(self, name) >= low, f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("dropout", "label_dropout"):
-            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        check(self.grid <= 256, f"grid is {self.grid}; it must be at most 256")
-        check(self.n_embd % (4 * self.n_head) == 0,
-              f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
-        num_rows = 1 + self.grid**2  # of the rotary table
-        check(self.k <= num_rows, f"k={self.k} codes are more than the {num_rows} rotary positions of grid {self.grid}")
-
-class GPT(nn.Module):
-    """
-    FAR, section 3.3. The trunk, a LLaMA-style transformer, runs over positions: its input is the class,
-    then for each position a projection of the k codes there. The head, a small causal transformer, runs
-    over the k codes of a position: its input is the trunk's output, then the codes' embeddings. Without a
-    head, k linear layers read the trunk's output: LlamaGen's GPT (k=1), or the baseline of table 4.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        D = config.n_embd
-        self.class_embedding = nn.Embedding(config.num_classes + 1, D)  # the last row is the null class
-        self.token_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, D) for _ in range(config.k))
-        self.token_proj = nn.Linear(config.k * D, D) if config.k > 1 else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
-        self.trunk = nn.ModuleList(self.block() for _ in range(config.n_layer))
-        self.head = nn.ModuleList(self.block() for _ in range(config.head_layers))
-        self.norm = nn.RMSNorm(D, eps=1e-5)
-        self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
-        self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
-
-        # initialization: with outputs of 0, the loss starts at ln(vocab_size); norms stay at 1
-        for name, p in self.named_parameters():
-            if name.startswith("outputs") or name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.ndim > 1:
-                nn.init.normal_(p, std=0.02)
-
-    def block(self):
-        c = self.config
-        attn = Attention(c.n_embd, c.n_head, bias=False, causal=True)
-        mlp = SwiGLU(c.n_embd, c.recompute)
-        return Block(c.n_embd, attn, mlp, functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
-
-    def forward(self, ids, labels):
-        """
-        ids (B,k,h,w), labels (B,) -> (logits (B,k,h*w,vocab_size) float32, mean cross-entropy). Equations 6, 7.
-        In training mode the logits are None: those of one sub-codebook at a time are enough for the loss.
-        """
-        c = self.config
-        ids = ids.flatten(2)
-        B, k, P = ids.shape
-        if self.training and c.label_dropout:
-            is_dropped = torch.rand(B, device=labels.device) < c.label_dropout
-            labels = labels.masked_fill(is_dropped, c.num_classes)
-
-        # trunk: the class, then every position but the last
-        embedded = [table(ids[:, i]) for i, table in enumerate(self.token_embeddings)]  # k of (B, P, D)
-        tokens = self.token_proj(torch.cat(embedded, -1))
-        class_token = self.class_embedding(labels)[:, None]  # (B, 1, D)
-        if c.class_everywhere:
-            tokens = tokens + class_token
-        x = torch.cat([class_token, tokens[:, :-1]], 1)  # (B, P, D)
-        x = self.dropout(x)
-        for block in self.trunk:
-            x = block(x, rotary=self.rotary[:, :P])
-
-        # head: the trunk's output, then every code of the position but the last
-        if self.head:
-            x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
-            for block in self.head:
-                # rows 0 to k-1 of the same table, as in the official code: the trunk's output has the zeros
-                x = block(x, rotary=self.rotary[:, :k])
-            x = x.view(B, P, k, -1)
-        else:
-            x = x[:, :, None].expand(-1, -1, k, -1)
-        x = self.norm(x)
-
-        all_logits = []
-        loss = 0
-        for i, output in enumerate(self.outputs):
-            logits = output(x[:, :, i]).float()  # (B, P, vocab_size)
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, i].flatten()) / k
-            if not self.training:
-                all_logits.append(logits)
-        return torch.stack(all_logits, 1) if all_logits else None, loss
-
-    @torch.no_grad()
-    def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-        """
-        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values. Each of the four
-        sampling parameters is one number, or k of them. cfg_scale 1 is no guidance, which takes half the
-        time; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
-        """
-        c = self.config
-        B = len(labels)
-        if B:
-            first, last = labels.aminmax()
-            check(0 <= first and last <= c.num_classes,
-                  f"labels run from {first} to {last}, expected 0 to {c.num_classes} (the last for no class)")
-        cfg_scale = self.one_for_each_code("cfg_scale", cfg_scale)
-        temperature = self.one_for_each_code("temperature", temperature)
-        top_k = self.one_for_each_code("top_k", top_k)
-        top_p = self.one_for_each_code("top_p", top_p)
-        check(0 < min(top_p) and max(top_p) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
-        check(all(v == int(v) for v in top_k), f"top_k is {top_k}; it must be a whole number")
-
-        guided = any(scale != 1 for scale in cfg_scale)
-        if guided:  # the first half of every batch below is with the class, the second without
-            labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
-        head_dim = c.n_embd // c.n_head
-        rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
-        class_token = self.class_embedding(labels)[:, None]
-        x = class_token  # (B or 2B, 1, D), as every x below
-        trunk_caches = [x.new_empty(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
-        head_caches = [x.new_empty(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
-        ids = labels.new_empty(B, c.k, c.grid**2)
-
-        with packed_weights(self, len(labels)):
-            for position in range(c.grid**2):
-                # the trunk takes one step
-                for block, cache in zip(self.trunk, trunk_caches):
-                    x = block(x, rotary=rotary[:, position:position + 1], cache=cache, position=position)
-                trunk_output = x
-
-                # the head takes k, each given the code before it
-                embedded = []
-                for i in range(c.k):
-                    x = trunk_output if i == 0 or not self.head else embedded[-1]
-                    for block, cache in zip(self.head, head_caches):
-                        x = block(x, rotary=rotary[:, i:i + 1], cache=cache, position=i)
-                    logits = self.outputs[i](self.norm(x))[:, 0].float()  # (B or 2B, vocab_size)
-                    if guided:
-                        logits, null = logits.chunk(2)
-                        if cfg_scale[i] != 1:
-                            logits = null + cfg_scale[i] * (logits - null)
-                    code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
-                    ids[:, i, position] = code
-                    embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
-
-                # the next input of the trunk
-                x = self.token_proj(torch.cat(embedded, -1))
-                if c.class_everywhere:
-                    x = x + class_token
-        return ids.unflatten(2, (c.grid, c.grid))
-
-    def one_for_each_code(self, name, value):
-        """A sampling parameter, given as one number or k of them, as a list of k."""
-        k = self.config.k
-        values = list(value) if isinstance(value, (list, tuple)) else [value] * k
-        check(len(values) == k, f"{name} has {len(values)} values; give one, or {k}, one for each code of a position")
-        check(all(0 <= v < 1e30 for v in values), f"{name} is {value}; it must be a finite number of at least 0")
-        return values
-
-def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, V) -> ids (B,): temperature, then top-k, then top-p, which keeps the id that crosses p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / max(temperature, 1e-5)  # less would overflow
-    if 0 < top_k < logits.shape[-1]:
-        top, indices = logits.topk(int(top_k))  # exactly k of them, also where logits are equal
-        logits = torch.full_like(logits, -math.inf).scatter(-1, indices, top)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        p = ordered.softmax(-1)
-        p_before = p.cumsum(-1) - p
-        ordered = ordered.masked_fill(p_before > top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-@contextlib.contextmanager
-def packed_weights(model, rows):
-    """
-    For sampling: eval mode; and on a CPU, copies of the linear layers' weights in oneDNN's own order, for
-    about `rows` inputs at a time. With so few the time goes into reading weights, and these are read up to
-    twice as fast. Where PyTorch lacks the (private) operators, the layers stay as they are.
-    """
-    was_training = model.training
-    model.eval()
-    weight = model.trunk[0].attn.qkv.weight
-    layers = []
-    if rows and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        with contextlib.suppress(AttributeError, RuntimeError):  # no such operator, or not for this type
-            for layer in layers:
-                packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-                forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=layer.bias,
-                                            attr="none", scalars=[], algorithm="")
-                forward(weight.new_zeros(1, layer.in_features))
-                layer.forward = forward
-        yield
-    finally:
-        model.train(was_training)
-        for layer in layers:
-            vars(layer).pop("forward", None)
 
 # -----------------------------------------------------------------------------
 # Checkpoints: ours
