@@ -1,23 +1,23 @@
 """
-Measures a tokenizer, a GPT's samples, or two sets of images.
+Measures a tokenizer, or two sets of images.
 
 $ python evaluate.py                                          # out/tokenizer.pt on its held-out images
-$ python evaluate.py --gpt out/gpt.pt --n 50000 --real VIRTUAL_imagenet256_labeled.npz
-$ python evaluate.py --real photos/ --fake samples/           # folders of images, or .npz files
-$ python evaluate.py --features dinov2_vitb14                 # another network in place of FID's
-$ python evaluate.py --gpt out/gpt.pt --sweep 1.5,2,3 0.9,1   # each guidance at each temperature
+$ python evaluate.py --real photos/ --fake samples.npz        # folders of images, or .npz files such as sample.py's
+$ python evaluate.py --data cifar10 --fake samples.npz        # against its held-out images
+$ python evaluate.py --features teachers/dinov2_vitb14.pt2    # another network in place of FID's
 $ torchrun --nproc-per-node=8 evaluate.py --json metrics.json # the same metrics, sooner
 
 The protocol is that of ADM's evaluator: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233.
 """
 
+import hashlib
 import json
 import math
 import os
-from argparse import Namespace
-from collections import namedtuple
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -26,13 +26,13 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.models import inception_v3
 
 from fqgan import (
-    Folder, IMAGE_ENDINGS, ImageData, LPIPS, Parser, UserError, add_sampling_flags, atomic_write, check, cli,
-    code_usage, data_name, data_parts, fetch, fixed_sample, from_uint8, gather, generate_images,
-    init_distributed, load_generator, load_teacher, load_tokenizer, load_weights, one_line, print0, psnr, rank,
-    rank0_first, rank_batches, reconstruction_rows, save_grid, to_uint8, world_size)
+    Folder, ImageData, LPIPS, Parser, UserError, check, check_apart, cli, code_usage, data_parts, fetch,
+    build_model, fixed_sample, from_uint8, FQGAN, FQGANConfig, gather, init_distributed, load_checkpoint, load_teacher,
+    load_weights, one_line, only_shown, print0, psnr, rank, rank_batches, reconstruction_rows, save_grid, to_uint8)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -182,337 +182,353 @@ class Inception(nn.Module):
         features = self.net((tf1_resize(images.float()) - 128) / 128)
         return features, F.linear(features, self.fc_weight)
 
-def load_network(make, weights, options, metrics, name):
-    """make(*weights), or None where these cannot be had: metrics[name] then says why."""
-    try:
-        with rank0_first():
-            return make(*weights).to(options.device)
-    except UserError as error:
-        if any(weights):  # a file that the user names must be there
-            raise
-        metrics[name] = str(error)
+class Network:
+    """
+    The FID network, or the one of --features, which has no logits: images uint8 (B,3,H,W) -> (features (B,D), logits
+    (B,C)). Two of the same `digest` are the same. Raises UserError where the weights cannot be had.
+    """
 
-def feature_network(options, metrics, name):
-    """The FID network, or the one that --features names, which has no logits."""
-    def features_only(images):
+    def __init__(self, options):
+        self.is_inception = not options.features
+        if self.is_inception:
+            path = fetch(Inception.url, "6726825d", local=options.inception)
+            self.module = Inception(path).to(options.device)
+        else:
+            path = options.features
+            self.module = load_teacher(path).to(options.device)
+        with open(path, "rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    def __call__(self, images):
+        if self.is_inception:
+            return self.module(images)
         try:
-            features = teacher(from_uint8(images)).float()
-        except (AttributeError, RuntimeError) as error:
+            features = self.module(from_uint8(images)).float()
+        except (AssertionError, AttributeError, RuntimeError) as error:
             raise UserError(f"--features fails on images {tuple(images.shape)} ({one_line(error)})") from None
         check(features.ndim == 2, f"--features gives {tuple(features.shape)} in place of (B, D)")
         return features, features[:, :0]
 
-    if not options.features:
-        return load_network(Inception, [options.inception], options, metrics, name)
-    teacher = load_network(load_teacher, [options.features], options, metrics, name)
-    return features_only
+def load_or_why_not(make, file):
+    """-> (what make() gives, ""), or (None, why it cannot be had); an error where the user names the `file`"""
+    try:
+        return make(), ""
+    except UserError as error:
+        if file:
+            raise
+        return None, str(error)
 
 # -----------------------------------------------------------------------------
 # Sets of images
 
-# batches(): this process's share, as (images uint8 (B,3,H,W), labels). statistics: mean and covariance of features
-ImageSet = namedtuple("ImageSet", "description size batches statistics", defaults=[None])
 ROUNDING = "8 bits as int(127.5 x + 128)"
 
-def read_set(description, size, read, options, statistics=None):
-    """read: index -> (image uint8 (3,H,W), label)"""
-    def batches():
-        with ThreadPool(min(8, os.cpu_count())) as pool:
-            for batch in rank_batches(size, options.batch_size):
-                images, labels = zip(*pool.map(read, batch))
-                yield torch.stack(images).to(options.device), torch.tensor(labels)
+@dataclass
+class Measured:
+    """A set of images as a network sees it. Of a file of statistics there is no more than mean and covariance."""
 
-    return ImageSet(description, size, batches, statistics)
+    description: str
+    mu: np.ndarray  # (D)
+    sigma: np.ndarray  # (D, D)
+    features: torch.Tensor | None = None  # (N, D)
+    logits: torch.Tensor | None = None  # (N, C)
+    labels: torch.Tensor | None = None  # (N)
+    classes: list | None = None  # their names; empty where they have none; None where the images have no labels
 
-def part_of(data, n, options):
-    """n random images of a data set, always the same; None: all of them, in order."""
-    def read(i):
-        images, label = data.views(indices[i], 1)
-        return to_uint8(images[0]), label
+class Array:
+    """(PIL image, label) of an .npz file: arr_0, uint8 (N,H,W,3), as ADM's; labels and classes, as sample.py's."""
 
-    indices = fixed_sample(len(data))[:n] if n else range(len(data))
-    crop = f"ADM's resize and center crop to {data.image_size}"
-    description = f"{len(indices)} images, {data.description}, {crop}"
-    return read_set(description, len(indices), read, options)
+    def __init__(self, path, arrays):
+        self.images = arrays["arr_0"]
+        check(self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[3] == 3,
+              f"{path}: arr_0 is {self.images.dtype} {self.images.shape}; expected uint8 (N, height, width, 3)")
+        self.labels = arrays.get("labels", np.zeros(len(self.images), np.int64))
+        self.classes = None
+        if "labels" in arrays:
+            self.classes = arrays.get("classes", np.zeros(0)).tolist()
 
-def open_set(path, options, image_size=None):
-    """A folder of images, cropped to image_size or the first one's; or an .npz of images, mu and sigma, or both."""
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.images[index]), self.labels[index]
+
+def open_set(path):
+    """A folder or an .npz -> (source of images or None, statistics: a dict that may be empty)"""
     if os.path.isdir(path):
-        source = Folder(path)
-        data = ImageData(source, source.classes, 0, False, f"{path}{source.notes}")
-        first, _ = data.read(0)
-        data.image_size = image_size or min(first.size)
-        return part_of(data, None, options)
+        return Folder(path), {}
     try:
         with np.load(path) as file:
             arrays = dict(file)
     except Exception as error:
         raise UserError(f"{path} is neither a folder nor an .npz file ({one_line(error)})") from None
-    images = arrays.get("arr_0", np.zeros((0, 1, 1, 3), np.uint8))
-    check(images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3,
-          f"{path}: arr_0 is {images.dtype} {images.shape}; expected uint8 (N, height, width, 3)")
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    statistics = None
-    if {"mu", "sigma"} <= arrays.keys() and not (options.features and len(images)):
-        statistics = arrays["mu"], arrays["sigma"]
-    check(len(images) or statistics, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
-    description = f"statistics in {path}" if statistics else f"{len(images)} images in {path}, as stored"
-    return read_set(description, len(images), lambda i: (images[i], 0), options, statistics)
+    source = Array(path, arrays) if len(arrays.get("arr_0", ())) else None
+    statistics = {name: arrays[name] for name in ("mu", "sigma", "network", "image_size") if name in arrays}
+    check(source or "mu" in statistics, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
+    return source, statistics
+
+def sizes_of(source, statistics):
+    """The shorter sides of a set's images, as far as they are known."""
+    if source is None:
+        return {int(statistics["image_size"])} if "image_size" in statistics else set()
+    if isinstance(source, Array):
+        return {min(source.images.shape[1:3])}
+    sizes = set()
+    for path, _ in source.samples:
+        with suppress(OSError), Image.open(path) as image:  # what cannot be read is said when it is
+            sizes.add(min(image.size))
+    return sizes
+
+def batches_of(data, indices, options):
+    """Yields this rank's batches of a data set: (images uint8 (B,3,H,W), labels)."""
+    with ThreadPool(min(8, os.cpu_count())) as pool:
+        for batch in rank_batches(len(indices), options.batch_size):
+            images, labels = zip(*pool.map(data.__getitem__, [indices[i] for i in batch]))
+            yield to_uint8(torch.stack(images)).to(options.device), torch.tensor(labels)
 
 def collect(batches, what):
-    """This rank's share of batches (x, y, ...) -> on rank 0 [x, y, ...], whole and in order; on others None"""
+    """This rank's batches (x, y, ...) -> [x, y, ...] of all ranks, whole and in order"""
     parts = []
     for batch in batches:
         parts.append([column.cpu() for column in batch])
         if len(parts) % 100 == 0:
-            print0(f"{what}: batch {world_size() * len(parts)}")
+            print0(f"{what}: batch {len(parts)}")
     ranks = gather(parts)
-    if rank() > 0:
-        return None
     num_batches = sum(len(parts) for parts in ranks)
     parts = [ranks[i % len(ranks)][i // len(ranks)] for i in range(num_batches)]  # as rank_batches deals them
     return [torch.cat(column) for column in zip(*parts)]
 
-def measure(images, network):
-    """A set -> on rank 0 (features, logits, labels)"""
-    rows = ((*network(batch), labels) for batch, labels in images.batches())
-    return collect(rows, images.description) or (None, None, None)
+def measured(description, features, logits, labels, classes, statistics={}):
+    """-> Measured. The statistics of a file that holds them go before those of its images."""
+    check(len(features) > 3, f"{description}: fewer than 4 images")
+    double = features.double()
+    mu = statistics.get("mu", double.mean(0).numpy())
+    sigma = statistics.get("sigma", double.T.cov().numpy())
+    return Measured(description, mu, sigma, features, logits, labels, classes)
 
-def statistics_of(features):
-    """(N,D) -> mean (D) and covariance (D,D), float64 arrays"""
-    features = features.double()
-    return features.mean(0).numpy(), features.T.cov().numpy()
+def measure(data, indices, network, options, statistics={}):
+    """Images of a data set, or none and the statistics of a file -> Measured"""
+    if data is None:
+        return Measured("statistics", statistics["mu"], statistics["sigma"])
+    rows = ((*network(images), labels) for images, labels in batches_of(data, indices, options))
+    description = f"{len(indices)} images, {data.description}"
+    return measured(description, *collect(rows, description), data.classes, statistics)
 
 # -----------------------------------------------------------------------------
-# What is measured: `metrics` gets, on rank 0, numbers by name, or the reason why there is none
+# What is measured: figures by name, and the reasons for those that are None
 
-def have_classes(train, held_out):
-    """Whether there are several classes, and images of them to fit a classifier to."""
-    return len(train.classes) > 1 and train.description != held_out.description
-
-def compare(metrics, prefix, real, fakes, options, parts=None):
-    """
-    A set against others: -> on rank 0 the figures of each of the others, a list of dicts, whose first goes into
-    `metrics`. parts: training and held-out images with the fakes' classes, if there are any
-    """
-    name = prefix + ("fd" if options.features else "fid")
-    network_name = options.features or "Inception 2015-12-05, TensorFlow 1's resize"
-    metrics["protocol"] = f"{network_name}; {fakes[0].description}; against {real.description}"
-    if any(0 < images.size < 4 for images in (real, *fakes)):
-        metrics[name] = "fewer than 4 images"
-        return []
-    need_network = any(images.size for images in (real, *fakes))
-    network = feature_network(options, metrics, name) if need_network else None
-    if name in metrics:
-        return []
-    real_features, _, _ = measure(real, network)
-    can_name = options.features and parts and have_classes(*parts)
-    if can_name:
-        n = min(10_000, 5 * fakes[0].size)
-        train_x, _, train_labels = measure(part_of(parts[0], n, options), network)
-        held_x, _, held_labels = measure(part_of(parts[1], n, options), network)
-    if rank() == 0:
-        mu, sigma = real.statistics or statistics_of(real_features)
-        if can_name:
-            named_real = linear_probe(train_x, train_labels, held_x, held_labels)
-    if options.save_stats and rank() == 0:
-        with atomic_write(options.save_stats) as tmp, open(tmp, "wb") as file:
-            np.savez(file, mu=mu, sigma=sigma)
-
-    figures = []
-    for fake in fakes:
-        features, logits, labels = measure(fake, network)
-        if rank() > 0:
-            continue
-        row = {name: frechet_distance(mu, sigma, *(fake.statistics or statistics_of(features)))}
-        if real.size and fake.size:
-            device = options.device if options.device.type == "cuda" else "cpu"  # mps has no float64
-            row["precision"], row["recall"] = precision_recall(real_features.to(device), features.to(device))
-        if fake.size and not options.features:
-            row["inception_score"], row["inception_score_deviation"] = inception_score(logits)
-        if can_name:  # the share whose class a linear classifier, fitted on real features, gets right
-            row["named"] = linear_probe(train_x, train_labels, features, labels)
-            row["named_real"] = named_real
-        figures.append(row)
-    metrics.update(*figures[:1])
-    return figures
-
-def evaluate_gpt(metrics, options):
-    gpt, tokenizer, classes = load_generator(options.gpt, options.tokenizer, options.device, options.grid)
-    labels = torch.arange(options.n or 5000) % len(classes)
-    image_size = gpt.config.grid * tokenizer.config.downsample
-    parts = None
-    if options.data or not options.real:
-        train, held_out = data_parts(data_name(options.data, gpt, options.gpt), image_size)
-        real = part_of(held_out if len(held_out) >= 2000 else train, 50_000, options)
-        if len(train.classes) == len(classes):
-            parts = (train, held_out)
-    if options.real:
-        real = open_set(options.real, options, image_size)
-
-    def samples(options):
-        def generate():
-            batches = rank_batches(len(labels), options.batch_size)
-            for batch, images in generate_images(gpt, tokenizer, labels, batches, options):
-                yield to_uint8(images), labels[batch.start:batch.stop]
-
-        names = ("cfg_scale", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype")
-        flags = ", ".join(f"{name} {getattr(options, name)}" for name in names)
-        description = f"{len(labels)} samples of {options.gpt}, labels balanced, {flags}, {ROUNDING}"
-        return ImageSet(description, len(labels), generate)
-
-    scales, temperatures = options.sweep or ([options.cfg_scale], [options.temperature])
-    settings = []
-    for scale, temperature in product(scales, temperatures):
-        given = vars(options) | {"cfg_scale": scale, "temperature": temperature}
-        settings.append(Namespace(**given))
-    figures = compare(metrics, "", real, [samples(setting) for setting in settings], options, parts)
-    if options.sweep:
-        metrics["sweep"] = []
-        for setting, row in zip(settings, figures):
-            metrics["sweep"].append({"cfg_scale": setting.cfg_scale, "temperature": setting.temperature, **row})
-
-def evaluate_tokenizer(metrics, options):
-    path = Path(options.tokenizer or "out/tokenizer.pt")
-    tokenizer = load_tokenizer(path, options.device)
-    c = tokenizer.config
-    parts = data_parts(data_name(options.data, tokenizer, path), c.image_size)
-    images = part_of(parts[1], options.n or len(parts[1]), options)
-    train = part_of(parts[0], min(10_000, 5 * images.size), options)
-    print0(f"{path}: k={c.k} sub-codebooks of {c.codebook_size} codes; {images.description}")
-    if rank() == 0:
-        batch, _ = next(images.batches())
-        rows = reconstruction_rows(tokenizer, from_uint8(batch[:10]))
-        save_grid(options.out or path.parent / "evaluate.png", rows)
-
-    distances = {"psnr": psnr, "ssim": ssim}
-    lpips = None
-    if c.image_size < 16:
-        metrics["lpips"] = "images are under 16 pixels"
+def compare(real, fake, network, probe=None):
+    """Two sets -> figures, reasons. probe: features and labels to fit a classifier to; else it is half of the real."""
+    figures = {}
+    reasons = {}
+    distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
+    if network is None or network.is_inception:
+        figures["fid"] = distance
+        if fake.logits is not None:
+            # splits of images in a random order, which is always the same; what fills no split is left out
+            logits = fake.logits[fixed_sample(len(fake.logits))]
+            logits = logits[:len(logits) // 5000 * 5000 or len(logits)]
+            figures["inception_score"], figures["inception_score_deviation"] = inception_score(logits)
     else:
-        lpips = load_network(LPIPS, [options.vgg, options.lpips], options, metrics, "lpips")
-    if lpips:
-        distances["lpips"] = lpips
+        figures["fd"] = distance
+        figures["named"], figures["named_real"], reason = named(real, fake, probe)
+        if reason:
+            reasons = {"named": reason, "named_real": reason}
+    if real.features is not None and fake.features is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # mps has no float64
+        sets = real.features.to(device), fake.features.to(device)
+        figures["precision"], figures["recall"] = precision_recall(*sets)
+    return figures, reasons
 
-    def encode(images):
-        for batch, labels in images.batches():
-            yield tokenizer.encode(from_uint8(batch)), labels
+def named(real, fake, probe=None):
+    """The shares of fake and of real images whose class a linear classifier of real ones gets right, or a reason."""
+    if real.classes is None or fake.classes is None or real.labels.max() == 0:
+        return None, None, "a set has no labels, or all the same"
+    if real.classes and fake.classes and real.classes != fake.classes:
+        return None, None, f"the classes differ: {', '.join(fake.classes[:5])}; {', '.join(real.classes[:5])}"
+    order = fixed_sample(len(real.features))
+    if probe is None:
+        half, order = order[:len(order) // 2], order[len(order) // 2:]
+        probe = real.features[half], real.labels[half]
+    share = linear_probe(*probe, fake.features, fake.labels)
+    return share, linear_probe(*probe, real.features[order], real.labels[order]), ""
 
-    encoded = []  # what score() has encoded of this rank's images: (ids, labels)
+def protocol_of(real, fake, options):
+    """All that the figures of two sets depend on, in a line."""
+    name = Path(options.features).name if options.features else "Inception 2015-12-05, TensorFlow 1's resize"
+    text = f"{name}; {fake.description}; against {real.description}; ADM's resize and center crop"
+    if fake.logits is not None and not options.features:
+        text += "; Inception Score of 5000 at a time in random order, the rest left out"
+    if real.classes is not None and fake.classes is not None:
+        num_classes = 1 + int(max(real.labels.max(), fake.labels.max()))
+        shares = [labels.bincount(minlength=num_classes) / len(labels) for labels in (real.labels, fake.labels)]
+        if (shares[0] - shares[1]).abs().max() > 0.01:
+            text += "; their classes are not equally frequent"
+    return text
 
-    def reconstruct():
-        for ids, labels in encoded:
-            yield to_uint8(tokenizer.decode(ids.to(options.device))), labels
+def evaluate_sets(network, options):
+    """--fake against --real, or the held-out part of --data -> figures, reasons, protocol"""
+    paths = [path for path in (options.real, options.fake) if path]
+    sets = [open_set(path) for path in paths]
+    sizes = [sizes_of(*each) for each in sets]
+    shown = " and ".join(", ".join(map(str, sorted(found)[:5])) for found in sizes)
+    check(options.image_size or max(map(len, sizes)) <= 1,
+          f"the images' shorter sides differ ({shown}): say with --image-size what all are cropped to")
+    size = options.image_size or min(set.union(*sizes), default=0)
+    for path, (source, statistics) in zip(paths, sets):
+        for name, here in (("network", network and network.digest), ("image_size", size)):
+            saved = statistics.get(name, np.array(here)).item()
+            check(saved == here or not here, f"{path} holds statistics of another {name}: {saved}, not {here}")
+        if statistics and "network" not in statistics:
+            print0(f"{path} does not say of which network its statistics are: taken to be of this one")
 
-    def score():
-        for batch, labels in images.batches():
-            originals = from_uint8(batch)
-            ids = tokenizer.encode(originals)
-            encoded.append((ids.cpu(), labels))
-            decoded = from_uint8(to_uint8(tokenizer.decode(ids)))
-            scores = [distance(originals, decoded) for distance in distances.values()]
-            yield torch.stack(scores, 1), ids, labels
+    both = []
+    for path, (source, statistics) in zip(paths, sets):
+        if options.features and source:
+            statistics = {}  # ADM's, of the FID network
+        data = ImageData(source, source.classes, size, f"{path}, cropped to {size}") if source else None
+        both.append(measure(data, range(len(source or ())), network, options, statistics))
+    probe = None
+    if options.data:
+        train, held_out = data_parts(options.data, size)
+        both.insert(0, measure(held_out, range(len(held_out)), network, options))
+        fitted = measure(train, fixed_sample(len(train))[:10_000], network, options)
+        probe = fitted.features, fitted.labels
+    real, fake = both
+    if options.save_stats and rank() == 0:
+        with open(options.save_stats, "wb") as file:
+            np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
+                     network=network.digest, image_size=size)
+    return *compare(real, fake, network, probe), protocol_of(real, fake, options)
 
-    scored = collect(score(), "scores")
-    if scored:
-        metrics.update(zip(distances, scored[0].mean(0).tolist()))
-    probe = collect(encode(train), "codes for the probe") if have_classes(*parts) else None
-    description = f"its {images.size} reconstructions, {ROUNDING}"
-    compare(metrics, "r", images, [ImageSet(description, images.size, reconstruct)], options, parts)
-    if rank() > 0:
-        return
+def evaluate_tokenizer(network, lpips, options):
+    """A tokenizer on held-out images -> figures, reasons, protocol"""
+    state = load_checkpoint(options.tokenizer, "tokenizer")
+    tokenizer = build_model(FQGAN, FQGANConfig, state, options.tokenizer, options.device)
+    c = tokenizer.config
+    name = options.data or state.get("settings", {}).get("data")
+    check(name, f"{options.tokenizer} does not say what it was trained on: name the images with --data")
+    picture = options.out or Path(options.tokenizer).with_name("evaluate.png")
+    check_apart(picture, name)
+    train, held_out = data_parts(name, c.image_size)
+    indices = fixed_sample(len(held_out))[:options.n]
+    print0(f"{options.tokenizer}: k={c.k} sub-codebooks of {c.codebook_size} codes; held out: {held_out.description}")
+    images = torch.stack([held_out[i][0] for i in indices[:10]]).to(options.device)
+    if rank() == 0:
+        with only_shown(picture):
+            save_grid(picture, reconstruction_rows(tokenizer, images))
 
-    tokenizer.cpu()
-    _, ids, labels = scored
-    vectors = []  # of each sub-codebook, for the probe: (training images', held-out ones')
-    for i, branch in enumerate(tokenizer.branches):
-        counts = ids[:, i].flatten().bincount(minlength=c.codebook_size)
-        share, perplexity = code_usage(counts)
-        metrics[f"usage_{i + 1}"] = share.item()
-        metrics[f"perplexity_{i + 1}"] = perplexity.item()
+    def measure_batch(images, labels):
+        originals = from_uint8(images)
+        ids = tokenizer.encode(originals)
+        decoded = to_uint8(tokenizer.decode(ids))
+        distances = [distance(originals, from_uint8(decoded)) for distance in (psnr, ssim, lpips) if distance]
+        row = [labels, ids, torch.stack(distances, 1)]
+        if network:
+            row += [*network(images), *network(decoded)]
+        return row
+
+    rows = (measure_batch(*batch) for batch in batches_of(held_out, indices, options))
+    labels, ids, distances, *seen = collect(rows, "images")
+    figures = dict(zip(("psnr", "ssim", "lpips"), distances.mean(0).tolist()))
+
+    # the training images that classifiers are fitted to, five times as many
+    with_probe = len(train.classes) > 1
+    probe = None
+    if with_probe:
+        part = fixed_sample(len(train))[:min(10_000, 5 * len(indices))]
+        rows = ((y, tokenizer.encode(from_uint8(x)), *(network(x)[:1] if options.features else ()))
+                for x, y in batches_of(train, part, options))
+        train_labels, train_ids, *train_seen = collect(rows, "training images")
+        probe = (*train_seen, train_labels)
+
+    reasons = {}
+    protocol = ""
+    if network:
+        description = f"{len(indices)} images, {held_out.description}"
+        real = measured(description, *seen[:2], labels, held_out.classes)
+        fake = measured(f"their reconstructions, {ROUNDING}", *seen[2:], labels, held_out.classes)
+        compared, reasons = compare(real, fake, network, probe)
+        figures |= {"r" + name if name in ("fid", "fd") else name: value for name, value in compared.items()}
+        protocol = protocol_of(real, fake, options)
+    return figures | code_figures(tokenizer, ids, labels, with_probe and (train_ids, train_labels)), reasons, protocol
+
+def code_figures(tokenizer, ids, labels, probe):
+    """What the codes (N,k,h,w) of images tell. probe: (ids, labels) to fit a classifier to"""
+    figures = {}
+    V = tokenizer.config.codebook_size
+    vectors = []
+    for i, branch in enumerate(tokenizer.cpu().branches):
+        share, perplexity = code_usage(ids[:, i].flatten().bincount(minlength=V))
+        figures[f"usage_{i + 1}"] = share.item()
+        figures[f"perplexity_{i + 1}"] = perplexity.item()
         if probe:
-            x, held_x = [branch.quantizer.lookup(codes[:, i]).flatten(1) for codes in (probe[0], ids)]
-            metrics[f"probe_{i + 1}"] = linear_probe(x, probe[1], held_x, labels)
-            vectors.append((x, held_x))
+            vectors.append([branch.quantizer.lookup(codes[:, i]).flatten(1) for codes in (probe[0], ids)])
+            figures[f"probe_{i + 1}"] = linear_probe(vectors[i][0], probe[1], vectors[i][1], labels)
     if len(vectors) > 1:
         x, held_x = [torch.cat(columns, 1) for columns in zip(*vectors)]
-        metrics["probe_all"] = linear_probe(x, probe[1], held_x, labels)
-    for i, j in combinations(range(c.k), 2):
-        a = ids[:, i].flatten().numpy()
-        b = ids[:, j].flatten().numpy()
+        figures["probe_all"] = linear_probe(x, probe[1], held_x, labels)
+    for i, j in combinations(range(len(ids[0])), 2):
+        a, b = ids[:, i].flatten().numpy(), ids[:, j].flatten().numpy()
         shuffled = np.random.default_rng(0).permutation(b)
-        metrics[f"mutual_information_{i + 1}_{j + 1}"] = mutual_information(a, b)
-        metrics[f"mutual_information_{i + 1}_{j + 1}_by_chance"] = mutual_information(a, shuffled)
+        figures[f"mutual_information_{i + 1}_{j + 1}"] = mutual_information(a, b)
+        figures[f"mutual_information_{i + 1}_{j + 1}_by_chance"] = mutual_information(a, shuffled)
+    return figures
 
 # -----------------------------------------------------------------------------
-# Report
-
-def report(metrics, options):
-    protocol = metrics.pop("protocol")
-    sweep = metrics.pop("sweep", [])
-    network = Path(options.features or "").name
-    titles = {"fid": "FID", "rfid": "rFID", "fd": f"FD ({network})", "rfd": f"rFD ({network})"}
-    for name, value in metrics.items():
-        title = titles.get(name, name.replace("_", " "))
-        print0(f"{title:36s}" + (f"n/a: {value}" if isinstance(value, str) else f"{value:.4f}"))
-        if name in titles:
-            print0(f"    {protocol}")
-    for row in sweep:
-        print0("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
-    if options.json and rank() == 0:
-        missing = {name: value for name, value in metrics.items() if isinstance(value, str)}
-        contents = metrics | dict.fromkeys(missing) | {"missing": missing, "protocol": protocol}
-        if sweep:
-            contents["sweep"] = sweep
-        Path(options.json).write_text(json.dumps(contents, indent=1))
-
-def floats(text):
-    """"1.5,2" -> [1.5, 2.0]"""
-    return [float(word) for word in text.split(",")]
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--tokenizer", help="a tokenizer (default: out/tokenizer.pt); with --gpt, in place of the GPT's own")
-    add("--gpt", help="a GPT, whose samples are measured")
-    add("--real", help="a folder or an .npz (default with --gpt: 50,000 held-out images at most, or training images "
-        "where fewer than 2,000 are held out)")
-    add("--fake", help="a folder or an .npz, measured against --real")
-    add("--data", help="`shapes`, a folder, or a torchvision name (default: the model's own)")
-    add("--n", "--count", type=int, help="images (default: all held-out ones) or samples (default: 5000, the classes "
-        "in turn); torchrun has its own --n: use --count")
-    add("--grid", type=int, help="positions along a side, for published GPTs of 384 pixels: 24")
-    add("--sweep", nargs=2, type=floats, metavar=("SCALES", "TEMPERATURES"), help="with --gpt: a row of figures "
-        "for each guidance at each temperature, such as 1.5,2,3 0.9,1")
-    add("--features", metavar="NAME", help="a network in place of FID's: a name or file, as for --teachers")
+    add("--tokenizer", default="out/tokenizer.pt", help="a tokenizer (default: %(default)s)")
+    add("--data", help="`shapes`, a folder, cifar10 or cifar100 (default: what the tokenizer was trained on)")
+    add("--n", "--count", type=int, help="held-out images (default: all); torchrun has its own --n: use --count")
+    add("--real", help="a folder of images or an .npz, in the place of a tokenizer")
+    add("--fake", help="a folder of images or an .npz, measured against --real")
+    add("--image-size", type=int, help="what the images of both are cropped to (default: their size)")
+    add("--features", metavar="FILE", help="a network in place of FID's: TorchScript or torch.export")
     add("--save-stats", metavar="FILE", help="write mu and sigma of the real images, for --real")
     add("--json", metavar="FILE", help="write the metrics there too")
-    add("--out", type=Path, help="picture of reconstructions (default: evaluate.png beside it)")
+    add("--out", metavar="FILE", help="picture of reconstructions (default: evaluate.png beside the tokenizer)")
     add("--inception", metavar="FILE", help="the FID network's weights (default: fetched once)")
     add("--vgg", metavar="FILE", help="VGG-16's weights, for LPIPS (default: fetched once)")
     add("--lpips", metavar="FILE", help="LPIPS v0.1's own weights (default: fetched once)")
-    add_sampling_flags(parser)
+    add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--device", default="auto", help="cuda, mps, cpu, ... (default: the best there is)")
     options = parser.parse_args()
     check(options.n is None or options.n >= 1, "--n must be at least 1")
     check(options.batch_size >= 1, "--batch-size must be at least 1")
+    check(not options.fake or bool(options.real) != bool(options.data), "--fake is measured against --real or --data")
+    check(options.fake or not options.real, "--real goes with --fake")
     check(not (options.fake and options.n), "--n does not apply to --real and --fake, which are taken whole")
-    check(not options.out or options.out.suffix.lower() in IMAGE_ENDINGS,
-          f"--out {options.out}: name a picture, such as evaluate.png")
-    check(options.gpt or not options.sweep, "--sweep goes with --gpt")
-    check(not (options.gpt and options.fake), "--gpt and --fake exclude each other")
-    check(bool(options.fake) == bool(options.real and not options.gpt), "--real goes with --fake or with --gpt")
     for file in filter(None, (options.json, options.save_stats, options.out)):
         check(Path(file).absolute().parent.is_dir(), f"{file}: there is no such folder")
-    options.device = init_distributed(options.device, options.seed)
-    metrics = {}
+        for data in (options.data, options.real, options.fake):
+            check_apart(file, data)
+    options.device = init_distributed(options.device)
+
     with torch.no_grad():
-        if options.gpt:
-            evaluate_gpt(metrics, options)
-        elif options.fake:
-            compare(metrics, "", open_set(options.real, options), [open_set(options.fake, options)], options)
+        network, no_network = load_or_why_not(lambda: Network(options), options.features or options.inception)
+        if options.fake:
+            needs_network = any(open_set(path)[0] for path in (options.real, options.fake) if path) or options.data
+            figures, reasons, protocol = {}, {"fid": no_network}, ""
+            if network or not needs_network:
+                figures, reasons, protocol = evaluate_sets(network, options)
         else:
-            evaluate_tokenizer(metrics, options)
-    report(metrics, options)
+            lpips, no_lpips = load_or_why_not(lambda: LPIPS(options.vgg, options.lpips).to(options.device),
+                                              options.vgg or options.lpips)
+            figures, reasons, protocol = evaluate_tokenizer(network, lpips, options)
+            reasons |= {"rfid": no_network} if no_network else {}
+            reasons |= {"lpips": no_lpips} if no_lpips else {}
+    for name, value in figures.items():
+        if value is not None:
+            print0(f"{name.replace('_', ' '):36s}{value:.4f}")
+    for name, reason in reasons.items():
+        print0(f"{name.replace('_', ' '):36s}n/a: {reason}")
+    print0(f"protocol: {protocol}")
+    if options.json and rank() == 0:
+        contents = figures | dict.fromkeys(reasons) | {"missing": reasons, "protocol": protocol}
+        Path(options.json).write_text(json.dumps(contents, indent=1))
 
 if __name__ == "__main__":
     cli(main)

@@ -2,8 +2,9 @@
 FQGAN in one file: a factorized visual tokenizer, and the autoregressive model that generates its tokens.
 
 A convolutional encoder feeds k transformer adapters. Each has a codebook of its own, and the decoder rebuilds
-the image from all k codes of a position. A GPT learns to generate the codes. Read the file in its order; the
-last section, "Running", is what the scripts share, and can be left out.
+the image from all k codes of a position. A GPT learns to generate the codes. The paper comes first, in the order
+in which data flows, and ends with the GPT; then networks that only training needs, data, checkpoints, and what
+the scripts share.
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
@@ -18,14 +19,16 @@ import contextlib
 import csv
 import functools
 import hashlib
-import inspect
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import unicodedata
 import warnings
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -41,9 +44,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchvision.transforms import functional as TF
 
-# -----------------------------------------------------------------------------
-# Errors
-
 class UserError(ValueError):
     """A mistake that the user can correct. The scripts print its message as one line and exit with 1."""
 
@@ -51,90 +51,8 @@ def check(condition, message):
     if not condition:
         raise UserError(message)
 
-def one_line(error):
-    """The kind of an exception and the beginning of its message, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
 # -----------------------------------------------------------------------------
-# Tokenizer: config
-
-def flag(default, help):
-    """A config field whose explanation is also the help text of its command-line flag."""
-    return field(default=default, metadata={"help": help})
-
-CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
-
-@dataclass
-class FQGANConfig:
-    """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
-
-    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN")
-    codebook_size: int = flag(16384, "codes in each sub-codebook")
-    codebook_dim: int = flag(8, "dimension of a code")
-    image_size: int = flag(256, "side of the square images, in pixels")
-    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two")
-    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first")
-    channels: int = flag(128, "channels of the convolutions at the finest stage")
-    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
-    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more")
-    norm_groups: int = flag(32, "groups of GroupNorm; with few channels in each, an image's mean color is lost")
-    z_channels: int = flag(256, "channels between the convolutions and the quantizers")
-    adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
-    adapter_width: int = flag(512, "width of the adapters")
-    adapter_heads: int = flag(8, "attention heads of the adapters")
-    recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
-    commit_weight: float = flag(0.25, "weight of the commitment loss")
-    entropy_weight: float = flag(0.03, "weight of the entropy loss")
-    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at")
-    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss")
-    disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
-    decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
-    representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
-    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
-    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
-    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
-    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
-    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
-
-    def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            low = 0 if f.name in ("adapter_depth", "disc_start") else 1
-            check(f.type is not int or value >= low, f"{f.name} is {value}; it must be at least {low}")
-        check(self.perceptual in ("lpips", "random"), f"perceptual is {self.perceptual!r}; choose lpips or random")
-        for name in ("entropy_temperature", "entropy_final"):
-            check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
-        check(self.downsample.bit_count() == 1 < self.downsample, f"downsample {self.downsample} is not a power of two")
-        check(self.downsample % self.patch_size == 0,
-              f"downsample {self.downsample} must be a multiple of patch_size {self.patch_size}")
-        divisible = max(1, self.image_size // self.downsample) * self.downsample
-        check(self.image_size == divisible,
-              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {divisible} is")
-
-        factor = self.downsample // self.patch_size
-        num_stages = factor.bit_length()
-        self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
-        self.teacher_widths = tuple(self.teacher_widths)
-        num_given = len(self.channel_mult)
-        check(num_given == num_stages,
-              f"channel_mult {self.channel_mult} names {num_given} stages; there are {num_stages}")
-        check(min(self.channel_mult) > 0, f"channel_mult is {self.channel_mult}; each must be above 0")
-        check(self.channels % self.norm_groups == 0,
-              f"channels {self.channels} must be a multiple of norm_groups {self.norm_groups}")
-        divisor = math.lcm(self.norm_groups, self.adapter_heads)
-        check(self.adapter_depth == 0 or self.adapter_width % divisor == 0,
-              f"adapter_width {self.adapter_width} must be a multiple of norm_groups {self.norm_groups} "
-              f"and of adapter_heads {self.adapter_heads}")
-        num_teachers = len(self.teacher_widths)
-        check(num_teachers <= self.k, f"{num_teachers} teachers are more than k={self.k} sub-codebooks")
-        check(self.k > 1 or not self.decorrelate_weight, "decorrelate_weight needs two sub-codebooks or more: k is 1")
-
-    @property
-    def grid(self):
-        return self.image_size // self.downsample
-
-# -----------------------------------------------------------------------------
-# Tokenizer: quantizers and their losses
+# Quantizers and their losses
 
 class Quantizer(nn.Module):
     """
@@ -303,6 +221,72 @@ def representation_loss(predicted, features):
     return F.cross_entropy(cosine, torch.arange(len(cosine), device=cosine.device))
 
 # -----------------------------------------------------------------------------
+# Tokenizer: config
+
+def flag(default, help, at_least=0):
+    """A config field whose explanation is also the help text of its command-line flag."""
+    return field(default=default, metadata={"help": help, "at_least": at_least})
+
+CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
+
+@dataclass
+class FQGANConfig:
+    """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
+
+    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN", 1)
+    codebook_size: int = flag(16384, "codes in each sub-codebook", 1)
+    codebook_dim: int = flag(8, "dimension of a code", 1)
+    image_size: int = flag(256, "side of the square images, in pixels", 1)
+    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two", 2)
+    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first", 1)
+    channels: int = flag(128, "channels of the convolutions at the finest stage", 1)
+    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
+    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more", 1)
+    norm_groups: int = flag(32, "groups of GroupNorm; with few channels in each, an image's mean color is lost", 1)
+    z_channels: int = flag(256, "channels between the convolutions and the quantizers", 1)
+    adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
+    adapter_width: int = flag(512, "width of the adapters", 1)
+    adapter_heads: int = flag(8, "attention heads of the adapters", 1)
+    recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
+    commit_weight: float = flag(0.25, "weight of the commitment loss")
+    entropy_weight: float = flag(0.03, "weight of the entropy loss")
+    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at", 1e-9)
+    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss", 1e-9)
+    disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
+    decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
+    representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
+    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
+    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
+    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
+    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
+    teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
+
+    def __post_init__(self):
+        check(self.k >= 1, f"k is {self.k}; it must be at least 1")
+        check(self.downsample.bit_count() == 1, f"downsample {self.downsample} is not a power of two")
+        check(self.downsample % self.patch_size == 0,
+              f"downsample {self.downsample} must be a multiple of patch_size {self.patch_size}")
+        divisible = max(1, self.image_size // self.downsample) * self.downsample
+        check(self.image_size == divisible,
+              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {divisible} is")
+        factor = self.downsample // self.patch_size
+        self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
+        self.teacher_widths = tuple(self.teacher_widths)
+        check(len(self.channel_mult) == factor.bit_length(),
+              f"channel_mult {self.channel_mult} must name {factor.bit_length()} stages")
+        for name in ("channels", "adapter_width"):
+            check(getattr(self, name) % self.norm_groups == 0,
+                  f"{name} {getattr(self, name)} must be a multiple of norm_groups {self.norm_groups}")
+        check(self.adapter_width % self.adapter_heads == 0,
+              f"adapter_width {self.adapter_width} must be a multiple of adapter_heads {self.adapter_heads}")
+        check(len(self.teacher_widths) <= self.k,
+              f"{len(self.teacher_widths)} teachers are more than k={self.k} sub-codebooks")
+
+    @property
+    def grid(self):
+        return self.image_size // self.downsample
+
+# -----------------------------------------------------------------------------
 # Transformer blocks, of the adapters and the GPT
 
 def rotary_table(grid, head_dim):
@@ -364,31 +348,24 @@ class Attention(nn.Module):
         return self.proj(y)
 
 class MLP(nn.Module):
-    def __init__(self, width, activation=F.gelu):
+    def __init__(self, width):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
-        self.activation = activation
 
     def forward(self, x):
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x)))
 
 class SwiGLU(nn.Module):
-    def __init__(self, width, recompute=False):
+    def __init__(self, width):
         super().__init__()
-        self.recompute = recompute
         hidden = 256 * math.ceil(int(8 * width / 3) / 256)
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x):
-        if self.recompute and torch.is_grad_enabled():  # keep two of the four hidden maps
-            return checkpoint(self.gated, self.w1(x), self.w3(x), use_reentrant=False, preserve_rng_state=False)
-        return self.gated(self.w1(x), self.w3(x))
-
-    def gated(self, gate, h):
-        return self.w2(F.silu(gate) * h)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 class Block(nn.Module):
     """A pre-norm transformer block; dropout acts on the outputs of attention and MLP."""
@@ -409,28 +386,27 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A vision transformer: a map (B,C,h,w) -> (B,width,h,w), or the output of its class token (B,width)."""
 
-    def __init__(self, width, depth, heads, num_positions, proj_in, class_token=False, activation=F.gelu, eps=1e-5):
+    def __init__(self, width, depth, heads, num_positions, proj_in, class_token=False):
         super().__init__()
-        norm = functools.partial(nn.LayerNorm, eps=eps)
         scale = width**-0.5
         self.proj_in = proj_in
         self.class_embedding = nn.Parameter(scale * torch.randn(1, width)) if class_token else None
         self.pos_embed = nn.Parameter(scale * torch.randn(num_positions + class_token, width))
-        self.norm_pre = norm(width)
+        self.norm_pre = nn.LayerNorm(width)
         self.blocks = nn.Sequential()
         for _ in range(depth):
             attn = Attention(width, heads)
             nn.init.xavier_uniform_(attn.qkv.weight)  # as nn.MultiheadAttention, which the official code uses
             nn.init.zeros_(attn.qkv.bias)
             nn.init.zeros_(attn.proj.bias)
-            self.blocks.append(Block(width, attn, MLP(width, activation), norm))
-        self.norm_post = norm(width)
+            self.blocks.append(Block(width, attn, MLP(width)))
+        self.norm_post = nn.LayerNorm(width)
 
     def forward(self, x):
         h, w = x.shape[2:]
         x = self.proj_in(x.flatten(2).transpose(1, 2))  # (B, h*w, width), row by row
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+            x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], 1)
         x = self.blocks(self.norm_pre(x + self.pos_embed))
         x = self.norm_post(x)
         if self.class_embedding is not None:
@@ -691,24 +667,19 @@ class GPTConfig:
     vocab_size: int = 16384  # codes in each sub-codebook
     num_classes: int = 1000  # without the null class, which stands for none
     grid: int = 16  # positions along each side of the image
-    n_layer: int = flag(24, "blocks of the trunk")
-    n_head: int = flag(16, "attention heads")
-    n_embd: int = flag(1024, "width")
+    n_layer: int = flag(24, "blocks of the trunk", 1)
+    n_head: int = flag(16, "attention heads", 1)
+    n_embd: int = flag(1024, "width", 1)
     head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 for k linear classifiers")
     dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
     label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
     class_everywhere: bool = flag(False, "add the class to the trunk's input at every position")
-    recompute: bool = flag(False, "compute the MLPs' activations again in the backward pass, to save memory")
 
     def __post_init__(self):
-        for name in ("k", "vocab_size", "num_classes", "grid", "n_layer", "n_head", "n_embd", "head_layers"):
-            low = 0 if name == "head_layers" else 1
-            check(getattr(self, name) >= low, f"{name} is {getattr(self, name)}; it must be at least {low}")
-        for name in ("dropout", "label_dropout"):
-            check(0 <= getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        check(self.grid <= 256, f"grid is {self.grid}; it must be at most 256")
         check(self.n_embd % (4 * self.n_head) == 0,
               f"n_embd {self.n_embd} must be a multiple of 4 x n_head {self.n_head}: rotary pairs for rows and columns")
+        check(max(self.dropout, self.label_dropout) < 1, "dropout and label_dropout must be below 1")
+        check(self.grid <= 256, f"grid is {self.grid}; it must be at most 256")
         num_rows = 1 + self.grid**2  # of the rotary table
         check(self.k <= num_rows, f"k={self.k} codes are more than the {num_rows} rotary positions of grid {self.grid}")
 
@@ -744,7 +715,7 @@ class GPT(nn.Module):
     def block(self):
         c = self.config
         attn = Attention(c.n_embd, c.n_head, bias=False, causal=True)
-        mlp = SwiGLU(c.n_embd, c.recompute)
+        mlp = SwiGLU(c.n_embd)
         return Block(c.n_embd, attn, mlp, functools.partial(nn.RMSNorm, eps=1e-5), c.dropout)
 
     def forward(self, ids, labels):
@@ -808,7 +779,8 @@ class GPT(nn.Module):
         top_k = self.one_for_each_code("top_k", top_k)
         top_p = self.one_for_each_code("top_p", top_p)
         check(0 < min(top_p) and max(top_p) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
-        check(all(v == int(v) for v in top_k), f"top_k is {top_k}; it must be a whole number")
+        was_training = self.training
+        self.eval()
 
         guided = any(scale != 1 for scale in cfg_scale)
         if guided:  # the first half of every batch below is with the class, the second without
@@ -820,33 +792,36 @@ class GPT(nn.Module):
         trunk_caches = [x.new_empty(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
         head_caches = [x.new_empty(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
         ids = labels.new_empty(B, c.k, c.grid**2)
+        all_finite = torch.ones((), dtype=torch.bool, device=labels.device)
 
-        with packed_weights(self, len(labels)):
-            for position in range(c.grid**2):
-                # the trunk takes one step
-                for block, cache in zip(self.trunk, trunk_caches):
-                    x = block(x, rotary=rotary[:, position:position + 1], cache=cache, position=position)
-                trunk_output = x
+        for position in range(c.grid**2):
+            # the trunk takes one step
+            for block, cache in zip(self.trunk, trunk_caches):
+                x = block(x, rotary=rotary[:, position:position + 1], cache=cache, position=position)
+            trunk_output = x
 
-                # the head takes k, each given the code before it
-                embedded = []
-                for i in range(c.k):
-                    x = trunk_output if i == 0 or not self.head else embedded[-1]
-                    for block, cache in zip(self.head, head_caches):
-                        x = block(x, rotary=rotary[:, i:i + 1], cache=cache, position=i)
-                    logits = self.outputs[i](self.norm(x))[:, 0].float()  # (B or 2B, vocab_size)
-                    if guided:
-                        logits, null = logits.chunk(2)
-                        if cfg_scale[i] != 1:
-                            logits = null + cfg_scale[i] * (logits - null)
-                    code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
-                    ids[:, i, position] = code
-                    embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
+            # the head takes k, each given the code before it
+            embedded = []
+            for i in range(c.k):
+                x = trunk_output if i == 0 or not self.head else embedded[-1]
+                for block, cache in zip(self.head, head_caches):
+                    x = block(x, rotary=rotary[:, i:i + 1], cache=cache, position=i)
+                logits = self.outputs[i](self.norm(x))[:, 0].float()  # (B or 2B, vocab_size)
+                if guided:
+                    logits, null = logits.chunk(2)
+                    if cfg_scale[i] != 1:
+                        logits = null + cfg_scale[i] * (logits - null)
+                all_finite &= logits.isfinite().all()
+                code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
+                ids[:, i, position] = code
+                embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
 
-                # the next input of the trunk
-                x = self.token_proj(torch.cat(embedded, -1))
-                if c.class_everywhere:
-                    x = x + class_token
+            # the next input of the trunk
+            x = self.token_proj(torch.cat(embedded, -1))
+            if c.class_everywhere:
+                x = x + class_token
+        self.train(was_training)
+        check(all_finite, f"the logits are not finite in {x.dtype}: sample with another --dtype, such as float32")
         return ids.unflatten(2, (c.grid, c.grid))
 
     def one_for_each_code(self, name, value):
@@ -862,7 +837,7 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / max(temperature, 1e-5)  # less would overflow
-    if 0 < top_k < logits.shape[-1]:
+    if 1 <= top_k < logits.shape[-1]:
         top, indices = logits.topk(int(top_k))  # exactly k of them, also where logits are equal
         logits = torch.full_like(logits, -math.inf).scatter(-1, indices, top)
     if top_p < 1:
@@ -871,52 +846,28 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p_before = p.cumsum(-1) - p
         ordered = ordered.masked_fill(p_before > top_p, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-@contextlib.contextmanager
-def packed_weights(model, rows):
-    """
-    For sampling: eval mode; and on a CPU, copies of the linear layers' weights in oneDNN's own order, for
-    about `rows` inputs at a time. With so few the time goes into reading weights, and these are read up to
-    twice as fast. Where PyTorch lacks the (private) operators, the layers stay as they are.
-    """
-    was_training = model.training
-    model.eval()
-    weight = model.trunk[0].attn.qkv.weight
-    layers = []
-    if rows and weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        with contextlib.suppress(AttributeError, RuntimeError):  # no such operator, or not for this type
-            for layer in layers:
-                packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-                forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=packed, B=layer.bias,
-                                            attr="none", scalars=[], algorithm="")
-                forward(weight.new_zeros(1, layer.in_features))
-                layer.forward = forward
-        yield
-    finally:
-        model.train(was_training)
-        for layer in layers:
-            vars(layer).pop("forward", None)
+    # as torch.multinomial draws, without its wait for a GPU: the least of exponential variables of rates p
+    p = logits.softmax(-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 # -----------------------------------------------------------------------------
 # Networks that only the tokenizer's training needs
 
-def feature_distance(maps, others, weights):
-    """Two series of feature maps (B,C,h,w), and weights of each one's channels (or one number) -> (B,)"""
-    distance = 0
-    for a, b, weight in zip(maps, others, weights):
-        difference = (a - b).square() * weight
-        distance = distance + difference.sum(1).mean((1, 2))
-    return distance
+class PerceptualDistance(nn.Module):
+    """Images (B,3,H,W) in [-1,1] twice -> (B,): the squared distance of their features, averaged over positions."""
 
-class LPIPS(nn.Module):
+    def forward(self, images, others):
+        distance = 0
+        for (a, weight), (b, _) in zip(self.feature_maps(images), self.feature_maps(others)):
+            difference = (a - b).square() * weight
+            distance = distance + difference.sum(1).mean((1, 2))
+        return distance
+
+class LPIPS(PerceptualDistance):
     """
-    Perceptual distance: images (B,3,H,W) in [-1,1] twice -> (B,). VGG-16's features after five of its ReLUs, of unit
-    length at each position; their squared difference, weighted by channel, averaged over positions. Frozen, and without
-    dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given; UserError where they
-    cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
+    In VGG-16's features after five of its ReLUs, of unit length at each position, weighted by channel. Frozen, and
+    without dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given; UserError where
+    they cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
     """
 
     layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # VGG-16's ReLUs that are compared: place, channels
@@ -934,21 +885,18 @@ class LPIPS(nn.Module):
         self.eval().requires_grad_(False)
 
     def feature_maps(self, images):
-        """Yields the five feature maps, of unit length over the channels."""
+        """Yields the five feature maps (B,C,h,w), each with the weights of its channels."""
+        weights = iter(self.lin)
         x = to_channels_last(self.normalize(images))
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.layers:
-                yield F.normalize(x.float(), dim=1, eps=1e-10)
+                yield F.normalize(x.float(), dim=1, eps=1e-10), next(weights).weight
 
-    def forward(self, images, others):
-        weights = [lin.weight for lin in self.lin]
-        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
-
-class RandomFeatures(nn.Module):
+class RandomFeatures(PerceptualDistance):
     """
-    A perceptual distance without a download: LPIPS's, in the features of four convolutions with random weights, always
-    the same, each normalized by the statistics of its batch. images (B,3,H,W) in [-1,1] twice -> (B,).
+    LPIPS without a download: in the features of four convolutions with random weights, always the same, each
+    normalized by the statistics of its batch. This project's own.
     """
 
     def __init__(self):
@@ -962,16 +910,11 @@ class RandomFeatures(nn.Module):
         self.requires_grad_(False)
 
     def feature_maps(self, images):
-        """Yields the four feature maps, of unit length over the channels."""
         x = to_channels_last(images)
         for conv in self.convs:
             x = F.batch_norm(conv(x), None, None, training=True)
             x = F.leaky_relu(x, 0.2)
-            yield F.normalize(x.float(), dim=1)
-
-    def forward(self, images, others):
-        weights = [1] * len(self.convs)
-        return feature_distance(self.feature_maps(images), self.feature_maps(others), weights)
+            yield F.normalize(x.float(), dim=1), 1
 
 class Discriminator(nn.Module):
     """PatchGAN (https://arxiv.org/abs/1611.07004): images (B,3,H,W) -> logits (B,1,h,w) of 70x70 patches."""
@@ -998,74 +941,24 @@ def hinge_loss(real, fake):
     """The discriminator's loss: logits of real images are pushed above 1, those of fake ones below -1."""
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-class Teacher(ViT):
-    """CLIP's or DINOv2's vision transformer: images (B,3,H,W) in [-1,1] -> class token (B,width)."""
-
-    def __init__(self, width, depth, patch_size, grid, clip):
-        super().__init__(width, depth, width // 64, grid**2, nn.Identity(), class_token=True,
-                         activation=quick_gelu if clip else F.gelu, eps=1e-5 if clip else 1e-6)
-        self.image_size = grid * patch_size
-        self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size, bias=not clip)
-        normalize = torchvision.transforms.Normalize
-        if clip:
-            self.norm_post = nn.Identity()  # FQGAN takes CLIP's class token before the final norm
-            self.normalize = normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-        else:
-            self.norm_pre = nn.Identity()
-            self.normalize = normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-    def forward(self, images):
-        images = F.interpolate(images, self.image_size, mode="nearest") / 2 + 0.5  # as the official code resizes
-        patches = self.patch_embed(self.normalize(images))
-        return super().forward(patches).float()
-
-CLIP_URL = "https://openaipublic.azureedge.net/clip/models"
-DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2"
-TEACHERS = {  # name: (URL, the beginning of its SHA-256)
-    "clip_vitb16": (f"{CLIP_URL}/5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-                    "5806e77cd80f8b59"),
-    "clip_vitl14": (f"{CLIP_URL}/b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-                    "b8cca3fd41ae0c99"),
-    "dinov2_vits14": (f"{DINOV2_URL}/dinov2_vits14/dinov2_vits14_pretrain.pth", "b938bf1bc15cd2ec"),
-    "dinov2_vitb14": (f"{DINOV2_URL}/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
-}
-
-def load_teacher(name, weights=None):
+def load_teacher(path):
     """
-    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D). name: one of TEACHERS, from the local file `weights`
-    or else fetched once; or the path of any model, a TorchScript (.pt) or torch.export (.pt2) file. Raises UserError
-    where it cannot be had.
+    A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D), from a TorchScript (.pt) or torch.export (.pt2) file
+    on any device. UserError where it cannot be read.
     """
-    path = fetch(*TEACHERS[name], local=weights) if name in TEACHERS else Path(name)
-    check(path.is_file(), f"no teacher {name}: there are {', '.join(TEACHERS)}, or give a TorchScript or .pt2 file")
+    path = Path(path)
+    check(path.is_file(), f"no network at {path}; CLIP and DINOv2: `python tools/convert.py {path.stem} {path}`")
     try:
         with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
-            if name in TEACHERS:
-                teacher = published_teacher(path, clip=name.startswith("clip"))
-            elif path.suffix == ".pt2":
+            if path.suffix == ".pt2":
                 teacher = torch.export.load(path).module()
             else:
                 teacher = torch.jit.load(path, map_location="cpu").float().eval()
     except Exception as error:
-        raise UserError(f"{path} does not hold the teacher {name} ({one_line(error)})") from None
+        raise UserError(f"{path} is no TorchScript or torch.export file ({one_line(error)})") from None
     for p in teacher.parameters():  # TorchScript has no requires_grad_ for the whole
         p.requires_grad_(False)
     return teacher
-
-def published_teacher(path, clip):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError:  # OpenAI's files are TorchScript archives
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    state = clip_weights(state) if clip else dinov2_weights(state)
-    width, _, patch_size, _ = state["patch_embed.weight"].shape
-    depth = count(state, r"blocks\.(\d+)")
-    teacher = Teacher(width, depth, patch_size, math.isqrt(len(state["pos_embed"])), clip)
-    teacher.load_state_dict(state)
-    return teacher.eval()
 
 # -----------------------------------------------------------------------------
 # Data: the built-in shapes
@@ -1136,13 +1029,11 @@ class Shapes:
 
 def to_rgb(image):
     """Any PIL image as upright 8-bit RGB: 16-bit values are scaled to 8 bits, transparency is laid on white."""
+    image.load()
     is_16_bit = image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I"
-    turn = Image.Transpose  # by hand: ImageOps.exif_transpose fails where another EXIF tag is damaged
-    turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-             6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
-    orientation = image.getexif().get(0x112)
-    if orientation in turns:
-        image = image.transpose(turns[orientation])
+    image.getexif()  # PIL keeps what it has read, and without the raw copy a damaged tag does no harm
+    image.info.pop("exif", None)
+    image = ImageOps.exif_transpose(image)
     if is_16_bit:  # PIL's own conversion would clip at 255
         values = np.asarray(image) / 257
         image = Image.fromarray(values.round().astype(np.uint8))
@@ -1179,14 +1070,6 @@ def random_crop(image, size, rng):
     crop = image.crop((left, top, left + size, top + size))
     return ImageOps.mirror(crop) if rng.random() < 0.5 else crop
 
-def crop_views(image, size, views):
-    """A list of crops: the center; for views=2 also its mirror image; for 10 those of LlamaGen."""
-    if views == 10:  # corners and center of a slightly larger square, and their mirror images
-        square = center_crop(image, int(1.1 * size))
-        return list(TF.ten_crop(square, size))
-    crop = center_crop(image, size)
-    return [crop, ImageOps.mirror(crop)][:views]
-
 def to_uint8(images):
     """[-1, 1] to 0..255, as the official scripts write images: fractions are cut off"""
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
@@ -1196,80 +1079,73 @@ def from_uint8(images):
     return images.float() / 127.5 - 1
 
 IMAGE_ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-SYSTEM_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information", "thumbnails"}
+HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbnails")
+
+def nfc(name):
+    """A name as it is typed: macOS takes letters like é apart."""
+    return unicodedata.normalize("NFC", name)
 
 def visible(names):
-    """Names of folders -> sorted, without hidden ones and those that operating systems make."""
-    return sorted(name for name in names if not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS)
+    return [name for name in sorted(names, key=nfc) if not name.startswith(HIDDEN)]
 
 def visible_folders(path):
-    return visible(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))
+    return [name for name in visible(os.listdir(path)) if os.path.isdir(os.path.join(path, name))]
 
-def list_images(path):
-    """All images below a folder -> (sorted paths, number of other files), without hidden and system ones."""
-    images = []
-    num_others = 0
-    entered = set()
-    for folder, subfolders, files in os.walk(path, followlinks=True):
-        real_path = os.path.realpath(folder)
-        is_inside = os.path.islink(folder) and real_path.startswith(os.path.join(os.path.realpath(path), ""))
-        if real_path in entered or is_inside:  # links may form a cycle, or lead to what is visited anyway
-            subfolders.clear()
-            continue
-        entered.add(real_path)
+def visible_files(path):
+    """Yields all files below a folder. Links to folders inside it are not followed: they may be cycles."""
+    for folder, subfolders, files in os.walk(path):
         subfolders[:] = visible(subfolders)
-        files = [os.path.join(folder, name) for name in files if not name.startswith(".")]
-        images_here = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
-        images += images_here
-        num_others += len(files) - len(images_here)
-    return sorted(images), num_others
+        for name in visible(files):
+            yield os.path.join(folder, name)
 
-class Folder:
+def is_image(path):
+    return path.lower().endswith(IMAGE_ENDINGS)
+
+class Folder(torchvision.datasets.DatasetFolder):
     """
-    (PIL image, label) of a folder of class folders, or of a flat folder of images, which is one class.
-    A folder without images is no class, and images beside class folders are left out, as `notes` says.
+    (PIL image, label) of a folder of class folders, with images at any depth, or of a flat folder, which is one class.
+    A folder without images is no class.
     """
 
-    def __init__(self, path):
-        images, num_others = list_images(path)
-        check(images, f"{path} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
-        self.root = os.path.join(path, "")
-        inner_folders = [os.path.dirname(image.removeprefix(self.root)) for image in images]
-        class_names = [folder.split(os.sep)[0] for folder in inner_folders]  # "" beside the class folders
-        self.classes = sorted(set(class_names) - {""})
-        if self.classes:
-            labels = {name: label for label, name in enumerate(self.classes)}
-            self.samples = [(image, labels[name]) for image, name in zip(images, class_names) if name]
-        else:
-            self.classes = [Path(path).resolve().name]
-            self.samples = [(image, 0) for image in images]
-        self.notes = ""
-        if len(self.samples) < len(images):
-            self.notes += f"; {len(images) - len(self.samples)} images beside its class folders are not taken"
-        if num_others:
-            self.notes += f"; {num_others} other files are not taken"
+    def __init__(self, root):
+        super().__init__(root, Image.open)
+        check(self.samples, f"{root} holds no image (looked for .jpg, .jpeg, .png, .webp, ...)")
 
-    def __len__(self):
-        return len(self.samples)
+    def find_classes(self, root):
+        folders = []
+        for name in visible_folders(root):
+            folder = os.path.join(root, name)
+            leads_up = Path(root).resolve().is_relative_to(Path(folder).resolve())  # a link to where we are
+            if not leads_up and any(map(is_image, visible_files(folder))):
+                folders.append(name)
+        if folders:
+            return [nfc(name) for name in folders], {name: i for i, name in enumerate(folders)}
+        return [nfc(Path(root).resolve().name)], {"": 0}
 
-    def __getitem__(self, index):
-        path, label = self.samples[index]
-        with Image.open(path) as image:
-            image.load()
-        return image, label
+    def make_dataset(self, root, class_to_idx, **_):
+        samples = []
+        self.num_others = 0
+        for folder, label in class_to_idx.items():
+            files = list(visible_files(os.path.join(root, folder)))
+            images = [(path, label) for path in files if is_image(path)]
+            samples += images
+            self.num_others += len(files) - len(images)
+        return samples
 
 class ImageData(torch.utils.data.Dataset):
     """
-    A data set of (image (3,H,W) in [-1, 1], label int). An index may be a pair (index, epoch): the random
-    crop depends on these two alone, so that a resumed run sees what an unbroken one does.
+    A data set of (image (3,H,W) in [-1, 1], label int), center crops; `description` says what it is.
 
-    An image that cannot be read is named once on stderr, and the next one takes its place; UserError if
-    they are more than 1 % of the `whole_size` images that this is a part of.
+    An image that cannot be read is named once on stderr, and the next one takes its place; UserError if they
+    are more than 1 % of the `whole_size` images that this is a part of.
     """
 
-    def __init__(self, source, classes, image_size, augment, description, whole_size=None):
-        self.source, self.classes, self.description = source, classes, description
-        self.image_size, self.augment = image_size, augment
+    def __init__(self, source, classes, image_size, description, augment=False, whole_size=0):
+        self.source = source
+        self.classes = classes
+        self.image_size = image_size
+        self.description = f"{description}: {len(source)} images of {len(classes or [0])} classes"
+        self.augment = augment
         self.max_unreadable = max(1, (whole_size or len(source)) // 100)
         self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # shared with loader processes
 
@@ -1277,24 +1153,9 @@ class ImageData(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, index):
-        index, epoch = index if isinstance(index, tuple) else (index, "")
         image, label = self.read(index)
-        if self.augment:
-            crop = random_crop(image, self.image_size, random.Random(f"{index} {epoch}"))
-        else:
-            crop = center_crop(image, self.image_size)
+        crop = center_crop(image, self.image_size)
         return from_uint8(TF.pil_to_tensor(crop)), label
-
-    def views(self, index, num_views):
-        """(all of crop_views of an image (num_views,3,H,W), label)"""
-        image, label = self.read(index)
-        crops = crop_views(image, self.image_size, num_views)
-        pixels = torch.stack([TF.pil_to_tensor(crop) for crop in crops])
-        return from_uint8(pixels), label
-
-    @property
-    def unreadable(self):
-        return int(self.failed.sum())
 
     def read(self, index):
         """(RGB image, label) of an item, or of the next one that can be read."""
@@ -1311,153 +1172,154 @@ class ImageData(torch.utils.data.Dataset):
                 self.failed[i] = True
                 name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
                 print(f"skipped {name!r}, which cannot be read: {error}", file=sys.stderr)
-            if self.unreadable > self.max_unreadable:
+            if self.failed.sum() > self.max_unreadable:
                 break
-        raise UserError(f"{self.unreadable} images of {self.description} cannot be read, more than 1 %; see above")
+        raise UserError(f"{self.failed.sum()} images of {self.description} cannot be read, more than 1 %; see above")
 
-    def fingerprint(self):
-        """A digest of which images these are and in which order, by the names of a folder's files."""
-        text = f"{self.description} {len(self)}"
-        if isinstance(self.source, Folder):
-            text = "\n".join(path.removeprefix(self.source.root) for path, _ in self.source.samples)
-        digest = hashlib.sha256(os.fsencode(text))
-        return digest.hexdigest()
+@functools.lru_cache(maxsize=2)
+def epoch_order(size, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+def shuffled(size, seed, place):
+    """The number, below size, at a place of an endless series of shuffled epochs."""
+    epoch, i = divmod(place, size)
+    return int(epoch_order(size, seed, epoch)[i])
+
+def micro_batches(first_step, steps, batch_size, accumulate):
+    """Yields ranges of places: this rank's micro-batches, `accumulate` a step."""
+    for step in range(first_step, steps):
+        places = range(step * batch_size + rank(), (step + 1) * batch_size, world_size())
+        size = len(places) // accumulate
+        for i in range(0, len(places), size):
+            yield places[i:i + size]
 
 def load_data(name_or_path, image_size, train):
     """
-    The ImageData of "shapes", of a folder of class folders or images, or of a data set of torchvision, by
-    its name, downloaded into torch.hub's cache. Center crops, or with `train` random ones (not of shapes).
+    The ImageData of "shapes"; of "cifar10" or "cifar100", downloaded into torch.hub's cache; or of a folder of class
+    folders or images. Training takes random crops of them (not of shapes).
 
-    A folder that holds `train` and `val` (or the like) has these two parts; of any other every tenth file
-    is held out. Under 100 images, or in a torchvision set without parts, both parts are the whole.
+    A folder that holds `train` and `val` (or the like) has these two parts. Of any other about one image in ten is held
+    out, by a hash of its name, so that a file that comes or goes moves no other; if none is, both parts are the whole.
     """
+    part = "training part" if train else "held-out part"
     if name_or_path == "shapes":
-        description = "shapes, training part" if train else "shapes, held-out part"
-        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, False, description)
-    path = os.path.expanduser(name_or_path)
-    if os.path.exists(path):
+        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, f"shapes, {part}")
+    path = Path(os.path.expanduser(name_or_path))
+    if path.exists():
         return load_folder(path, image_size, train)
-    return load_torchvision(str(name_or_path), image_size, train)
-
-TRAINING_NAMES = ("train", "training")
-HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+    name = str(name_or_path)
+    check(name in ("cifar10", "cifar100"), f"--data {name}: no such folder; or choose shapes, cifar10 or cifar100")
+    try:
+        make = getattr(torchvision.datasets, name.upper())
+        source = make(Path(torch.hub.get_dir()) / "datasets", train, download=True)
+    except Exception as error:
+        raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
+    return ImageData(source, source.classes, image_size, f"torchvision's {make.__name__}, {part}", augment=train)
 
 def load_folder(path, image_size, train):
-    check(os.path.isdir(path), f"{path} is a file; --data takes a folder of images, or of class folders")
-    folders = {name.lower(): os.path.join(path, name) for name in visible_folders(path)}
-    names = [name for name in TRAINING_NAMES + HELD_OUT_NAMES if name in folders]
-    if names:  # of its two parts, training first
-        check(names[0] in TRAINING_NAMES and names[1:] and names[1] in HELD_OUT_NAMES,
-              f"{path} holds {' and '.join(names)}: call its two parts train and val, or rename the class")
-        training, held_out = [folders[name] for name in names[:2]]
-        check(visible_folders(training) == visible_folders(held_out),
-              f"{training} and {held_out} hold different class folders")
-        source = Folder(training if train else held_out)
-        others = sorted(folders.keys() - set(names[:2]))
-        if others:
-            source.notes += f"; {', '.join(others)} beside the two parts not taken"
-        return ImageData(source, source.classes, image_size, train, source.root + source.notes)
+    check(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
+    folders = {name.lower(): path / name for name in visible_folders(path)}
+    training = [folders[name] for name in ("train", "training") if name in folders]
+    held_out = [folders[name] for name in ("val", "valid", "validation", "test") if name in folders]
+    whole_size = 0
+    if training or held_out:
+        check(training and held_out, f"{path} holds one of train and val: name its two parts so, or rename the class")
+        path = training[0] if train else held_out[0]
+        source = Folder(path)
+        part = "all of it"
+    else:
+        source = Folder(path)
+        whole_size = len(source)
+        is_held_out = [held_out_by_name(os.path.relpath(image, path)) for image, _ in source.samples]
+        part = "all of it: by their names none is held out"
+        if any(is_held_out):
+            part = "all but about every tenth, by name" if train else "about every tenth, by name"
+            source.samples = [s for s, held_out in zip(source.samples, is_held_out) if held_out != train]
+    description = f"{path}, {part}"
+    if source.num_others:
+        description += f", without {source.num_others} other files"
+    brightest = brightest_16_bit(source.samples[:20])
+    if 0 < brightest < 2**13:
+        description += f", with dark 16-bit images ({brightest} of 65535 at most: 12 bits? scale them up)"
+    return ImageData(source, source.classes, image_size, description, train, whole_size)
 
-    source = Folder(path)
-    whole_size = len(source)
-    part = "all of it (too few to hold any out)"
-    if whole_size >= 100:
-        part = "all but every tenth file" if train else "every tenth file"
-        source.samples = [s for i, s in enumerate(source.samples) if (i % 10 != 9) == train]
-    return ImageData(source, source.classes, image_size, train, f"{path}, {part}{source.notes}", whole_size)
+def held_out_by_name(name):
+    """Of one name in ten, whatever other files there are."""
+    digest = hashlib.sha256(os.fsencode(nfc(name).replace(os.sep, "/"))).digest()
+    return int.from_bytes(digest[:4]) % 10 == 0
 
-def load_torchvision(name, image_size, train):
-    makers = {maker.lower(): getattr(torchvision.datasets, maker) for maker in torchvision.datasets.__all__}
-    make = makers.get(name.lower())
-    takes = inspect.signature(make).parameters if make else ()
-    check("root" in takes, f"--data {name}: no such folder, and no data set of torchvision, such as cifar10")
-    options = {"root": Path(torch.hub.get_dir()) / "datasets"}
-    if "download" in takes:
-        options["download"] = True
-    parts = [{}]  # the options that select a part: the first ones that the data set knows are taken
-    if "train" in takes:
-        parts = [{"train": train}]
-    elif "split" in takes:
-        parts = [{"split": split} for split in (("train", "trainval") if train else ("val", "test"))]
-    for part in parts:
-        try:
-            source = make(**options, **part)
-            break
-        except ValueError:  # no such split
-            source = None
-        except Exception as error:
-            raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
-    classes = getattr(source, "classes", None)
-    check(classes, f"--data {name}: has no part {parts}, or no list of classes; save it as a folder")
-    classes = [c if isinstance(c, str) else ", ".join(c) for c in classes]
-    return ImageData(source, classes, image_size, train, f"torchvision's {make.__name__} {part or ''}".strip())
+def brightest_16_bit(samples):
+    """The largest value of those among some images that have 16 bits; 0 if none has."""
+    brightest = 0
+    for path, _ in samples:
+        with contextlib.suppress(Exception), Image.open(path) as image:  # what cannot be read is said where it is used
+            if image.mode.startswith("I;16"):
+                brightest = max(brightest, int(np.asarray(image).max()))
+    return brightest
 
-def training_batches(size, batch_size, seed, steps, first_step=0, rank=0, world_size=1, accumulate=1):
-    """
-    Yields this rank's micro-batches, `accumulate` a step: lists of (index, epoch), indices below `size`.
-    Each epoch has its own permutation; batches may straddle epochs. The order depends on seed and step
-    alone: a run can be resumed at any step, on any number of ranks.
-    """
-    epoch = None
-    micro_size = batch_size // (world_size * accumulate)
-    for step in range(first_step, steps):
-        items = []
-        for position in range(step * batch_size + rank, (step + 1) * batch_size, world_size):
-            if position // size != epoch:
-                epoch = position // size
-                order = np.random.default_rng([seed, epoch]).permutation(size)
-            items.append((int(order[position % size]), f"{seed} {epoch}"))
-        for i in range(0, len(items), micro_size):
-            yield items[i:i + micro_size]
+def data_parts(name, image_size):
+    """(training part, held-out part) of load_data"""
+    train, held_out = [load_data(name, image_size, part) for part in (True, False)]
+    check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
+          f"--data {name}: its two parts have different class folders")
+    return train, held_out
 
 # -----------------------------------------------------------------------------
-# Checkpoints: ours
+# Checkpoints
 
 def load_tokenizer(path, device="cpu"):
-    """A trained FQGAN in eval mode, from a file of ours, or one that FQGAN's or LlamaGen's authors published."""
+    """A trained FQGAN in eval mode."""
     return build_model(FQGAN, FQGANConfig, load_checkpoint(path, "tokenizer"), path, device)
 
-def load_gpt(path, device="cpu", grid=None):
-    """A trained GPT in eval mode: ours, FAR's or LlamaGen's. grid: for files that do not store it."""
-    return build_model(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device, grid=grid or 16)
+def load_gpt(path, device="cpu"):
+    """A trained GPT in eval mode."""
+    return build_model(GPT, GPTConfig, load_checkpoint(path, "gpt"), path, device)
 
 def load_checkpoint(path, kind):
-    """The dict that train_tokenizer.py or train_gpt.py saved; of a published file its kind, config and model."""
+    """The dict that train_tokenizer.py ("tokenizer") or train_gpt.py ("gpt") saved; UserError for any other file."""
     check(Path(path).is_file(), f"no {kind} checkpoint at {path}: `python train_{kind}.py` makes one")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold one, of plain values
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # its message is pages long, and advises to load without weights_only
         raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else") from None
-    if not isinstance(contents, dict):
-        contents = {}
-    if "kind" not in contents:
-        contents = published_checkpoint(contents, path)
-    found = contents.get("kind")
-    other = f" but a {found}'s" if found else ""
-    check(found == kind, f"{path} is not a {kind} checkpoint{other}")
+    found = contents.get("kind") if isinstance(contents, dict) else None
+    check(found, f"{path} is not a {kind} checkpoint; a published one is turned into ours by "
+                 f"`python tools/convert.py {path} {kind}.pt`")
+    check(found == kind, f"{path} is not a {kind} checkpoint but a {found}'s")
     return contents
 
-def build_model(model_class, config_class, state, path, device="cpu", **defaults):
-    """A checkpoint's model (its moving average, if any) in eval mode; `trained_on` is its run's --data."""
+def build_model(model_class, config_class, state, path, device="cpu"):
+    """The model of a checkpoint, or of the tokenizer inside a GPT's, in eval mode."""
     try:
         config = state["config"]
         is_plain = config and all(isinstance(value, (int, float, str, list, tuple)) for value in config.values())
         check(is_plain, "it has no config of plain values")
-        config = config_class(**defaults | config)
-        weights = state.get("ema") or state["model"]
+        config = config_class(**config)
         sizes = ("k", "n_layer", "head_layers", "adapter_depth", "res_blocks")
         num_blocks = sum(getattr(config, name, 0) for name in sizes)
-        check(num_blocks <= len(weights), "its config describes more blocks than it has weights")
+        check(num_blocks <= len(state["model"]), "its config describes more blocks than it has weights")
         with torch.device("meta"):  # absurd sizes are refused before they take memory
-            model_class(config).load_state_dict(weights, assign=True)
+            model_class(config).load_state_dict(state["model"], assign=True)
         model = model_class(config)
-        model.load_state_dict(weights)
-        model.trained_on = state.get("settings", {}).get("data")
+        model.load_state_dict(state["model"])
     except Exception as error:
         raise UserError(f"{path} does not fit this version of the code: weights and config disagree, or it was written "
                         f"by an older version ({one_line(error)})") from None
     return model.to(device).eval()
+
+def save_checkpoint(path, contents):
+    """Writes a file that is whole or not there: until it is, the last one stays."""
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {one_line(error)}; the last checkpoint is kept") from None
 
 def fetch(url, sha256, local=None):
     """The path of `local`, or of a copy in torch.hub's cache, downloaded unless its SHA-256 begins as given."""
@@ -1487,178 +1349,12 @@ def load_weights(module, path, pattern="(.+)"):
     except Exception as error:
         raise UserError(f"{path} does not hold the weights that belong there ({one_line(error)})") from None
 
-# -----------------------------------------------------------------------------
-# Checkpoints: published ones. Each table gives pieces of the published names, and ours.
-
-VIT_NAMES = {  # branches.0.adapter.transformer.3.attn.in_proj_weight -> branches.0.adapter.blocks.3.attn.qkv.weight
-    "positional_embedding": "pos_embed",
-    "transformer.resblocks.": "blocks.",  # CLIP
-    "transformer.": "blocks.",
-    "ln_pre.": "norm_pre.",
-    "ln_post.": "norm_post.",
-    "ln_1.": "norm1.",
-    "ln_2.": "norm2.",
-    "attn.in_proj_": "attn.qkv.",
-    "attn.out_proj.": "attn.proj.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-}
-TOKENIZER_NAMES = {  # encoder.conv_blocks.2.res.0.nin_shortcut.weight -> encoder.stages.2.res.0.shortcut.weight
-    "conv_blocks.": "stages.",
-    "nin_shortcut.": "shortcut.",
-    "downsample.": "resample.",
-    "upsample.": "resample.",
-    "proj_out.": "attn.proj.",
-}
-BRANCH_NAMES = [  # FQGAN-Triple, FQGAN-Dual, LlamaGen: a branch's ending, its adapter, its feature head
-    [("_vis", "visual_head", None), ("_sem_mid", "semantic_head_mid", "mid_sem_feat_pred"),
-     ("_sem_high", "semantic_head_high", "high_sem_feat_pred")],
-    [("_vis", "visual_head", None), ("_sem", "semantic_head", "feat_pred_head")],
-    [("", None, None)],
-]
-GPT_NAMES = {  # layers.7.feed_forward.w1.weight -> trunk.7.mlp.w1.weight
-    "cls_embedding.embedding_table.": "class_embedding.",
-    "aggregation_layer.": "token_proj.",
-    "layers.": "trunk.",
-    "ar_head.": "head.",
-    "attention.wqkv.": "attn.qkv.",
-    "attention.wo.": "attn.proj.",
-    "feed_forward.": "mlp.",
-    "attention_norm.": "norm1.",
-    "ffn_norm.": "norm2.",
-}
-
-def rename(state, prefixes, pieces):
-    """A state dict under our names: the first prefix that fits is replaced, then all pieces in turn."""
-    renamed = {}
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        name = prefixes.get(prefix, "") + name.removeprefix(prefix)
-        for published, ours in pieces.items():
-            name = name.replace(published, ours)
-        renamed[name] = tensor
-    return renamed
-
-def count(state, pattern):
-    """How many numbers, from 0 on, the names of a state dict have in the place of the pattern's group."""
-    matches = [re.match(pattern, name) for name in state]
-    return max((int(match[1]) + 1 for match in matches if match), default=0)
-
-def published_checkpoint(contents, path):
-    """{"kind", "config", "model"} of a file as FQGAN's or LlamaGen's authors publish it; {} of any other."""
-    state = contents
-    for name in ("state_dict", "module", "model", "ema"):  # the last that is there
-        if isinstance(contents.get(name), dict):
-            state = contents[name]
-    weights = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))  # prefixes of DDP and torch.compile
-        if not re.search("codebook_used|freqs_cis|kv_cache|causal_mask", name):
-            weights[name] = tensor
-    check("cls_embedding.cap_proj.fc1.weight" not in weights,
-          f"{path} is a text-conditional GPT; only class-conditional ones are supported")
-    try:
-        if "encoder.conv_in.weight" in weights and "post_quant_conv.weight" in weights:
-            return published_tokenizer(weights)
-        if "cls_embedding.embedding_table.weight" in weights:
-            return published_gpt(weights, contents.get("args"))
-    except Exception as error:
-        raise UserError(f"{path} looks like a published checkpoint, but cannot be used ({one_line(error)})") from None
-    return {}
-
-def published_tokenizer(state):
-    for branches in BRANCH_NAMES:
-        if f"quantize{branches[-1][0]}.embedding.weight" in state:
-            break
-    prefixes = {}
-    for i, (ending, adapter, feature_head) in enumerate(branches):
-        prefixes |= {
-            f"encoder.{adapter}.0.": f"branches.{i}.adapter.",
-            f"encoder.norm_out{ending}.": f"branches.{i}.norm_out.",
-            f"encoder.conv_out{ending}.": f"branches.{i}.conv_out.",
-            f"quant_conv{ending}.": f"branches.{i}.quant_conv.",
-            f"quantize{ending}.embedding.weight": f"branches.{i}.quantizer.codebook",
-            f"{feature_head}.upscale.": f"branches.{i}.feature_head.proj_in.",
-            f"{feature_head}.": f"branches.{i}.feature_head.",
-        }
-    state = rename(state, prefixes, VIT_NAMES | TOKENIZER_NAMES)
-
-    # AttnBlock: the 1x1 convolutions q, k, v are one linear layer here
-    for name in [name for name in state if re.search(r"\.q\.(weight|bias)$", name)]:
-        block, _, kind = name.rsplit(".", 2)
-        qkv = [state.pop(f"{block}.{part}.{kind}") for part in "qkv"]
-        state[f"{block}.attn.qkv.{kind}"] = torch.cat(qkv)
-    for name, tensor in state.items():
-        if ".attn." in name and tensor.ndim == 4:
-            state[name] = tensor.flatten(1)
-
-    # the config, read off names and shapes
-    num_stages = count(state, r"encoder\.stages\.(\d+)")
-    channels = len(state["encoder.conv_in.weight"])
-    codebook_size, codebook_dim = state["branches.0.quantizer.codebook"].shape
-    stage_channels = [len(state[f"encoder.stages.{i}.res.0.conv1.weight"]) for i in range(num_stages)]
-    head_names = sorted(name for name in state if name.endswith("feature_head.pos_embed"))
-    config = dict(
-        k=len(branches), codebook_size=codebook_size, codebook_dim=codebook_dim, downsample=2 ** (num_stages - 1),
-        channels=channels, channel_mult=tuple(c // channels for c in stage_channels),
-        res_blocks=count(state, r"encoder\.stages\.0\.res\.(\d+)"),
-        z_channels=len(state["post_quant_conv.weight"]),
-        adapter_depth=count(state, r"branches\.0\.adapter\.blocks\.(\d+)"),
-        teacher_widths=tuple(state[name].shape[1] for name in head_names))
-    if config["adapter_depth"]:
-        num_positions, config["adapter_width"] = state["branches.0.adapter.pos_embed"].shape
-        config["image_size"] = math.isqrt(num_positions) * config["downsample"]
-    return {"kind": "tokenizer", "config": config, "model": state}
-
-def published_gpt(state, args):
-    k = max(1, count(state, r"tok_embeddings_(\d+)") - 1)
-    prefixes = {}
-    for i in range(k):
-        ending = f"_{i + 1}" if k > 1 else ""
-        prefixes[f"tok_embeddings{ending}."] = f"token_embeddings.{i}."
-        prefixes[f"output{ending}."] = f"outputs.{i}."
-    state = rename(state, prefixes, GPT_NAMES)
-    num_rows, width = state["class_embedding.weight"].shape
-    config = dict(
-        k=k, vocab_size=len(state["outputs.0.weight"]), num_classes=num_rows - 1, n_embd=width,
-        n_layer=count(state, r"trunk\.(\d+)"), head_layers=count(state, r"head\.(\d+)"),
-        n_head=32 if width == 3200 else width // 64)  # LlamaGen-3B's heads have 100 channels, all others' 64
-    if hasattr(args, "downsample_size"):
-        config["grid"] = int(args.image_size) // int(args.downsample_size)
-    return {"kind": "gpt", "config": config, "model": state}
-
-def clip_weights(state):
-    """The vision half of CLIP's state dict under Teacher's names. visual.conv1.weight -> patch_embed.weight"""
-    unused = ("visual.proj", "visual.ln_post.weight", "visual.ln_post.bias")
-    state = {n: t for n, t in state.items() if n.startswith("visual.") and n not in unused}
-    state = rename(state, {"visual.conv1.": "patch_embed.", "visual.": ""}, VIT_NAMES)
-    state["class_embedding"] = state["class_embedding"][None]
-    return state
-
-def dinov2_weights(state):
-    """DINOv2's state dict under Teacher's names. patch_embed.proj.weight -> patch_embed.weight"""
-    names = {"norm.": "norm_post.", "patch_embed.proj.": "patch_embed.", "cls_token": "class_embedding"}
-    state = rename(state, names, {})
-    del state["mask_token"]
-    state["class_embedding"] = state["class_embedding"][0]
-
-    # LayerScale multiplies the output of attention or MLP: put it into the weights of their last layers
-    for name in [name for name in state if name.endswith(".gamma")]:
-        block, scale_name, _ = name.rsplit(".", 2)
-        layer = f"{block}.attn.proj" if scale_name == "ls1" else f"{block}.mlp.fc2"
-        scale = state.pop(name)
-        state[f"{layer}.weight"] = scale[:, None] * state[f"{layer}.weight"]
-        state[f"{layer}.bias"] = scale * state[f"{layer}.bias"]
-
-    # positions, from 37x37 to 16x16 with a scale that is 0.1 off, as in DINOv2's own code
-    first, table = state["pos_embed"][0].split([1, 37**2])
-    table = table.T.unflatten(1, (37, 37))[None]  # (1, width, 37, 37)
-    table = F.interpolate(table, scale_factor=(16 + 0.1) / 37, mode="bicubic")[0].flatten(1).T
-    state["pos_embed"] = torch.cat([first, table])
-    return state
+def one_line(error):
+    """The kind of an exception and the beginning of its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 # -----------------------------------------------------------------------------
-# Running: what the scripts share. The models end here.
+# Running: what the scripts share
 
 def cli(main):
     """Runs a script's main(): what the user can correct becomes one line and exit code 1, Ctrl-C 130."""
@@ -1671,17 +1367,42 @@ def cli(main):
             barrier()
             dist.destroy_process_group()
         return
-    except UserError as error:
-        lines = str(error).strip().splitlines()  # from a loader process, with a traceback before the message
-        message = lines[-1].removeprefix("fqgan.UserError: ")
-    except torch.OutOfMemoryError as error:
-        message = (f"out of memory ({one_line(error)}): give a smaller --batch-size, or in training a larger "
-                   "--accumulate, or --recompute")
-    except OSError as error:  # a full disk, a read-only folder, ...
-        message = str(error)
+    except (UserError, OSError) as error:
+        message = str(error).strip().splitlines()[-1]  # of a loader process, the line below its traceback
+    except torch.OutOfMemoryError:
+        message = "out of memory: give a smaller --batch-size, or in training a larger --accumulate, or --recompute"
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        message = "loader processes need more shared memory than there is in /dev/shm: enlarge it, or give --workers 0"
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")  # outside of `except`, which would keep the loaders alive
+    finally:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise another error
+        for process in multiprocessing.active_children():  # loaders, for which Python would wait
+            process.kill()
+    sys.exit(f"{Path(sys.argv[0]).name}: {message.removeprefix('fqgan.UserError: ')}")
+
+ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+def leave_signals_to_main(worker_id):
+    """For loader processes, which get the same signals: they work on while the main one ends its step."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+def catch_signals():
+    """From now on Ctrl-C and the signals that end a job are put into the list that is returned; a second one ends."""
+    caught = []
+
+    def on_signal(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    for number in ENDING_SIGNALS:
+        signal.signal(number, on_signal)
+    return caught
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line."""
@@ -1696,50 +1417,67 @@ def int_tuple(text):
     return tuple(int(n) for n in text.split(",") if n)
 
 def parse_flags(doc, presets, *config_classes):
-    """Reads --preset and a flag for each field made by flag() -> (defaults, preset's values, given flags)."""
+    """Reads --preset and a flag for each field made by flag() -> those that are given, a dict."""
     parser = Parser(doc)
     parser.argument_default = argparse.SUPPRESS  # flags that are not given are left out
     first = next(iter(presets))
     parser.add_argument("--preset", choices=presets, help=f"values of flags that are not given (default: {first})")
-    defaults = {}
+    at_least = {}
     for f in sum(map(fields, config_classes), ()):
         if not f.metadata:
             continue
-        defaults[f.name] = f.default
-        shown = f"default: {presets[first].get(f.name, f.default)}"
-        for preset, values in presets.items():
-            if preset != first:
-                shown += f"; {preset}: {values.get(f.name, f.default)}"
+        shown = "; ".join(f"{preset}: {values.get(f.name, f.default)}" for preset, values in presets.items())
         help = f"{f.metadata['help']} ({shown})".replace("%", "%%")
         kind = {"type": f.type if f.type in (int, float, str) else int_tuple}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
+        if f.type in (int, float):
+            at_least[f.name] = f.metadata["at_least"]
     flags = vars(parser.parse_args())
-    preset = flags.get("preset", first)
-    return defaults, {"preset": preset, **presets[preset]}, flags
+    for name in flags.keys() & at_least.keys():
+        check(at_least[name] <= flags[name] < math.inf,
+              f"--{name.replace('_', '-')} is {flags[name]}; it must be at least {at_least[name]}")
+    return flags
 
 def pick(config_class, settings):
     """A config filled from a dict that holds more."""
     return config_class(**{f.name: settings[f.name] for f in fields(config_class) if f.name in settings})
 
-def resumed_settings(checkpoint, path, defaults, flags, fixed):
-    """A resumed run's settings: the checkpoint's, and over them flags that do not change the `fixed` ones."""
-    saved = checkpoint.get("settings")
-    check(saved, f"{path} holds weights, not a run: it cannot be resumed")
-    for name in fixed & flags.keys():
-        check(flags[name] == saved.get(name),
-              f"--{name.replace('_', '-')} differs from the run in {path}: leave it out, or give another --out")
-    return {**defaults, **saved, "overwrite": False, **flags}
+RESUME_FLAGS = {"resume", "out", "steps", "device", "workers", "log_every", "eval_every", "compile"}
 
-def check_settings(settings):
-    """Refuses numbers that no training run can have."""
-    at_least = dict(steps=1, batch_size=1, accumulate=1, log_every=1, eval_every=1, eval_images=1, warmup=0, workers=0,
-                    lr=0, disc_lr=0, final_lr=0, grad_clip=0, weight_decay=0, cfg_scale=0, ema=0, seed=0)
-    for name, low in at_least.items():
-        value = settings.get(name, low)
-        high = 1 if name == "ema" else math.inf
-        check(low <= value < high, f"--{name.replace('_', '-')} is {value}; it must be in [{low}, {high})")
+def resumed_settings(checkpoint, path, flags):
+    """The settings of the run in a checkpoint, and over them the few that a resumed run may change."""
+    check("settings" in checkpoint, f"{path} holds weights, not a run: it cannot be resumed")
+    for name in flags.keys() - RESUME_FLAGS:
+        raise UserError(f"--{name.replace('_', '-')} does not go with --resume, which takes it from {path}")
+    settings = checkpoint["settings"] | checkpoint["config"] | flags
+    check(checkpoint["step"] < settings["steps"],
+          f"{path} is already at step {checkpoint['step']} of {settings['steps']}; to go on, give a larger --steps")
+    return settings
+
+def claim(path, must_be_new):
+    """
+    Makes the folder of a checkpoint, and keeps other runs from writing there until this process ends, however it ends.
+    UserError if another one does, or if there is a checkpoint that must not be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        lock = os.open(path.with_name(f".{path.stem}.lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {path}: name another --out") from None
+    check(not must_be_new or not path.exists(),
+          f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
+
+def check_apart(out, data):
+    """Refuses to write into a folder whose images are read: what is written would become data."""
+    out = Path(out).resolve()
+    check(not data or not os.path.isdir(data) or not out.is_relative_to(Path(data).resolve()),
+          f"{out} lies in {data}, where the images are: choose another place for what is written")
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1754,16 +1492,13 @@ def init_distributed(device="auto", seed=0):
     try:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not usable here ({one_line(error)})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        check(not missing, f"WORLD_SIZE is set without {', '.join(missing)}: start with torchrun, or unset WORLD_SIZE")
-        check(int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]), "RANK must be below WORLD_SIZE: use torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     torch.backends.cudnn.allow_tf32 = False  # float32 in full: codes and metrics depend on it
     torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
@@ -1780,25 +1515,18 @@ def all_reduce(tensor):
         dist.all_reduce(tensor)
     return tensor
 
-def gather(item):
-    """What each rank gives, as a list on rank 0; an empty list on the others."""
+def on_any_rank(value, device):
+    """Whether it is true on one rank at least: a signal may reach one before another."""
     if world_size() == 1:
-        return [item]
-    items = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(item, items)
-    return items or []
+        return bool(value)
+    return all_reduce(torch.tensor(float(bool(value)), device=device)).item() > 0
 
-@contextlib.contextmanager
-def rank0_first():
-    """One process of each machine goes first through the block: it downloads what the others then find."""
-    is_first = int(os.environ.get("LOCAL_RANK") or 0) == 0
-    if not is_first:
-        barrier()
-    try:
-        yield
-    finally:
-        if is_first:
-            barrier()
+def gather(item):
+    """What each rank gives, as a list."""
+    items = [item] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(items, item)
+    return items
 
 def print0(*words):
     """Prints on rank 0. A run goes on without its output when that fails: a closed pipe, a full disk."""
@@ -1808,25 +1536,20 @@ def print0(*words):
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-def step_seed(seed, step, rank):
-    """The seed of a step's random numbers, whose state no checkpoint need hold."""
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
-    return int.from_bytes(digest[:7], "little")
-
-def leave_signals_to_main(worker_id):
-    """For loader processes, which get the same signals: they work on while the main one ends its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # not on Windows
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: signal.alarm(120))  # end two minutes later
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+@contextlib.contextmanager
+def only_shown(path):
+    """Yields the path of a picture or a log: that it cannot be written ends no run, but is said."""
+    try:
+        yield path
+    except OSError as error:
+        print0(f"{path} cannot be written ({one_line(error)}); the run goes on")
 
 def pick_dtype(name, device):
     """A dtype by name; "auto": bfloat16 where the hardware has it (emulated it is several times slower)."""
-    check(name == "auto" or name in DTYPES, f"--dtype {name}: choose {', '.join(DTYPES)} or auto")
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    check(name == "auto" or name in dtypes, f"--dtype {name}: choose {', '.join(dtypes)} or auto")
     if name != "auto":
-        return DTYPES[name]
+        return dtypes[name]
     has_bf16 = False
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1838,52 +1561,23 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yields a temporary path beside `path`, which takes its place when the block ends: whole or not there."""
-    tmp = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        yield tmp
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
+def compiled(model):
+    """torch.compile, which fails in the first step, in a hundred lines, where there is no compiler."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    check(shutil.which(name), f"--compile needs a C++ compiler, and there is no {name}: install it, or set CXX")
+    return torch.compile(model)
 
-def save_checkpoint(path, contents):
-    try:
-        with atomic_write(path) as tmp, open(tmp, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}; the last checkpoint is kept") from None
-
-def read_log(path, last_step):
-    """A log's rows up to a step, dicts of text. What is no row, as a power cut may leave, is dropped."""
-    if not Path(path).exists():
-        return []
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    rows = []
-    for row in csv.DictReader(line for line in text.replace("\0", "").splitlines() if len(line) < 10_000):
-        step = str(row.get("step"))
-        if step.isdecimal() and int(step) <= last_step and None not in row:
-            rows.append({name: value for name, value in row.items() if value})
-    return rows
-
-def write_log(path, rows):
-    """Writes all rows, dicts of numbers: columns may come and go. Where that fails, the run goes on."""
-    columns = {}
-    for row in rows:
-        columns |= row  # in the order in which they first occur
-    try:
-        with atomic_write(path) as tmp, open(tmp, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for row in rows:
-                values = [row.get(name) for name in columns]
-                writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in values)
-    except OSError as error:
-        print0(f"{path} cannot be written: {one_line(error)}")
+def append_row(path, row):
+    """Adds a row, a dict, to a .csv file; the first one names the columns."""
+    with only_shown(path), open(path, "a+", newline="") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, columns or row, extrasaction="ignore")
+        if not columns:
+            writer.writeheader()
+        for name, value in row.items():
+            row[name] = value if value is None or isinstance(value, int) else f"{value:.6g}"
+        writer.writerow(row)
 
 def fixed_sample(n):
     """range(n) in a random order, since folders come class by class, that is always the same."""
@@ -1893,19 +1587,6 @@ def rank_batches(total, batch_size):
     """This rank's share of range(total), in ranges: all ranks together have each number once."""
     batches = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
     return batches[rank()::world_size()]
-
-def data_parts(name, image_size):
-    """(training part, held-out part) of load_data"""
-    with rank0_first():
-        train, held_out = [load_data(name, image_size, part) for part in (True, False)]
-    check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
-          f"--data {name}: the classes of its two parts differ")
-    return train, held_out
-
-def data_name(given, model, path):
-    """The --data that is given, or what the model loaded from `path` was trained on."""
-    check(given or model.trained_on, f"{path} does not say what it was trained on: name the images with --data")
-    return given or model.trained_on
 
 def duration(seconds):
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
@@ -1917,10 +1598,15 @@ def psnr(images, others):
     return 10 * torch.log10(255**2 / error.clamp(min=1e-4))
 
 def code_usage(counts):
-    """counts (..., V) of the choices of each code -> (share of codes chosen at all, perplexity), each (...)"""
+    """
+    counts (..., V) of the choices of each code -> (share of codes chosen, of those that so many choices can reach;
+    perplexity), each (...)
+    """
     counts = counts.cpu().double()  # not every device has float64
-    p = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    return (counts > 0).double().mean(-1), torch.special.entr(p).sum(-1).exp()
+    total = counts.sum(-1, keepdim=True)
+    reachable = total[..., 0].clamp(min=1, max=counts.shape[-1])
+    perplexity = torch.special.entr(counts / total.clamp(min=1)).sum(-1).exp()
+    return (counts > 0).double().sum(-1) / reachable, perplexity
 
 def save_grid(path, rows, tile=96):
     """Draws rows of (label, images (n,3,H,W) in [-1,1]), enlarged by a whole factor to `tile` pixels or more."""
@@ -1954,64 +1640,3 @@ def reconstruction_rows(tokenizer, images):
             others = set(range(k)) - {i}
             rows.append((f"without {i + 1}", tokenizer.decode(ids, only=others)))
     return rows
-
-def numbers(text):
-    """"2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position"""
-    values = [int(word) if word.isdecimal() else float(word) for word in text.split(",")]
-    return values[0] if len(values) == 1 else values
-
-def add_sampling_flags(parser):
-    for name, kind, default, help in (
-        ("--cfg-scale", numbers, 1.5, "guidance; 1 for none"),
-        ("--temperature", numbers, 1.0, "below 1 likelier codes, 0 the likeliest"),
-        ("--top-k", numbers, 0, "sample from the k likeliest codes only; 0: from all"),
-        ("--top-p", numbers, 1.0, "sample from the likeliest codes that make up p"),
-        ("--seed", int, 0, "another seed, other samples"),
-        ("--batch-size", int, 64, "images at a time"),
-        ("--device", str, "auto", "cuda, mps, cpu, ...; auto: the best there is"),
-        ("--dtype", str, "auto", "of the GPT: float32, bfloat16, float16; auto: bfloat16 where the hardware has it"),
-    ):
-        parser.add_argument(name, type=kind, default=default, help=f"{help} (default: {default})")
-
-def class_indices(text, names):
-    """"0,3" or "star,moon" -> class numbers. Names go before numbers; quotes protect commas in names."""
-    picked = []
-    for word in next(csv.reader([text], skipinitialspace=True)):
-        word = word.strip()
-        index = int(word) if word.isdecimal() else -1
-        if word in names:
-            index = names.index(word)
-        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        check(0 <= index < len(names), f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {shown}")
-        picked.append(index)
-    if any(name.isdecimal() and name != str(i) for i, name in enumerate(names)):
-        print0(f"--classes: names that are numbers go before numbers; taken are {', '.join(names[i] for i in picked)}")
-    return picked
-
-def load_generator(path, tokenizer_path=None, device="cpu", grid=None):
-    """(GPT, tokenizer, class names). A GPT's checkpoint holds its tokenizer; tokenizer_path replaces it."""
-    state = load_checkpoint(path, "gpt")
-    check(tokenizer_path or "tokenizer" in state, f"{path} holds no tokenizer: name it with --tokenizer")
-    gpt = build_model(GPT, GPTConfig, state, path, device, grid=grid or 16)
-    if tokenizer_path:
-        tokenizer = load_tokenizer(tokenizer_path, device)
-    else:
-        tokenizer = build_model(FQGAN, FQGANConfig, state["tokenizer"], path, device)
-    g = gpt.config
-    t = tokenizer.config
-    source = tokenizer_path or path
-    check(g.k == t.k, f"{path} was trained for k {g.k}, the tokenizer in {source} has k {t.k}")
-    check(g.vocab_size == t.codebook_size,
-          f"{path} was trained for {g.vocab_size} codes, the tokenizer in {source} has {t.codebook_size}")
-    return gpt, tokenizer, state.get("classes") or [str(i) for i in range(g.num_classes)]
-
-def generate_images(gpt, tokenizer, labels, batches, options):
-    """Yields (batch, images (B,3,H,W), about [-1,1]) for each of `batches`, ranges of places in `labels`."""
-    device = gpt.rotary.device
-    gpt = gpt.to(pick_dtype(options.dtype, device))  # the decoder stays in float32
-    for batch in batches:
-        # a random state of its own: whichever process makes the batch, its images are the same
-        generator = torch.Generator(device).manual_seed((options.seed * 1_000_003 + batch.start) % 2**63)
-        ids = gpt.generate(labels[batch.start:batch.stop].to(device), options.cfg_scale, options.temperature,
-                           options.top_k, options.top_p, generator)
-        yield batch, tokenizer.decode(ids)

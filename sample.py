@@ -4,9 +4,11 @@ Samples images from a trained GPT: a grid with a row for each class, a folder wi
 $ python sample.py                                                      # out/samples.png
 $ python sample.py --classes 0,3,8 --n 24 --cfg-scale 3 --out grid.png
 $ python sample.py --n 1000 --out samples/                              # samples/000000_circle.png, ...
-$ torchrun --nproc-per-node=8 sample.py --count 50000 --npz samples.npz # arr_0, as ADM's evaluator reads it
+$ torchrun --nproc-per-node=8 sample.py --count 50000 --npz samples.npz # arr_0 and labels, for evaluate.py --fake
 """
 
+import csv
+import os
 import re
 import time
 from pathlib import Path
@@ -16,44 +18,77 @@ import torch
 from PIL import Image
 
 from fqgan import (
-    Parser, add_sampling_flags, atomic_write, barrier, check, class_indices, cli, duration, from_uint8, gather,
-    generate_images, init_distributed, list_images, load_generator, print0, rank, rank_batches, save_grid, to_uint8)
+    FQGAN, FQGANConfig, GPT, GPTConfig, Parser, barrier, build_model, catch_signals, check, check_apart, cli,
+    duration, from_uint8, gather, init_distributed, is_image, load_checkpoint, load_tokenizer, nfc, pick_dtype,
+    print0, rank, rank_batches, save_grid, to_uint8)
 
 GRID_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 COLUMNS = 16  # images in a row of a grid
+
+def numbers(text):
+    """"2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position"""
+    values = [int(word) if word.isdecimal() else float(word) for word in text.split(",")]
+    return values[0] if len(values) == 1 else values
 
 def parse_options():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--gpt", default="out/gpt.pt", help="the GPT's checkpoint (default: %(default)s)")
     add("--tokenizer", help="a tokenizer's checkpoint, to replace the one in the GPT's checkpoint")
-    add("--grid", type=int, help="positions along a side, for published GPTs that do not store it (384 pixels: 24)")
     add("--classes", help="class numbers or names, separated by commas (default: all; in a grid the first 10)")
     add("--n", "--count", type=int, help="number of images; the classes take turns, so that all get equally many "
         "(default: 8 for each class). torchrun has its own --n: use --count")
     add("--out", help="a grid (.png, .jpg, .webp) or a folder (default: samples.png beside the GPT)")
-    add("--npz", metavar="FILE", help="write all images into one .npz instead: arr_0, uint8 (N, H, W, 3)")
-    add_sampling_flags(parser)
+    add("--npz", metavar="FILE", help="write arr_0, uint8 (N, H, W, 3), labels and classes into one .npz instead")
+    add("--cfg-scale", type=numbers, default=1.5, help="guidance; 1 for none (default: %(default)s)")
+    add("--temperature", type=numbers, default=1.0, help="below 1 likelier codes, 0 the likeliest (default: 1)")
+    add("--top-k", type=numbers, default=0, help="sample from the k likeliest codes only (default: from all)")
+    add("--top-p", type=numbers, default=1.0, help="sample from the likeliest codes that make up p (default: 1)")
+    add("--seed", type=int, default=0, help="another seed, other samples (default: 0)")
+    add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--device", default="auto", help="cuda, mps, cpu, ... (default: the best there is)")
+    add("--dtype", default="auto", help="of the GPT: float32, bfloat16, float16 (default: bfloat16 where it is fast)")
     options = parser.parse_args()
     check(options.n is None or options.n >= 1, "--n must be at least 1")
     check(options.batch_size >= 1, "--batch-size must be at least 1")
     check(not (options.npz and options.out), "--out and --npz exclude each other")
+    check(not options.npz or options.npz.endswith(".npz"), f"--npz {options.npz}: the name must end in .npz")
     return options
 
-def output_path(options):
-    """-> (path, kind): "grid", "folder" or "npz". What cannot be written is refused before any sampling."""
-    if options.npz:
-        path = Path(options.npz)
-        kind = "npz"
-        check(path.suffix == ".npz", f"--npz {path}: the name must end in .npz")
+def class_indices(text, names):
+    """"0,3" or "star,moon" -> class numbers. Names go before numbers; quotes protect commas in names."""
+    picked = []
+    for word in next(csv.reader([nfc(text)], skipinitialspace=True)):
+        word = word.strip()
+        index = int(word) if word.isdecimal() else -1
+        if word in names:
+            index = names.index(word)
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        check(0 <= index < len(names), f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {shown}")
+        picked.append(index)
+    if any(name.isdecimal() and name != str(i) for i, name in enumerate(names)):
+        print0(f"--classes: names that are numbers go before numbers; taken are {', '.join(names[i] for i in picked)}")
+    return picked
+
+def load_models(options, device):
+    """-> (GPT, tokenizer, class names). A GPT's checkpoint holds its tokenizer; --tokenizer replaces it."""
+    state = load_checkpoint(options.gpt, "gpt")
+    gpt = build_model(GPT, GPTConfig, state, options.gpt, device)
+    own = state.get("tokenizer")
+    check(own or options.tokenizer, f"{options.gpt} holds no tokenizer: name it with --tokenizer")
+    if options.tokenizer:
+        tokenizer = load_tokenizer(options.tokenizer, device)
+        if own and not all(map(torch.equal, own["model"].values(), tokenizer.cpu().state_dict().values())):
+            print0(f"{options.tokenizer} is not the tokenizer whose codes {options.gpt} has learned")
+        tokenizer.to(device)
     else:
-        path = Path(options.out or Path(options.gpt).parent / "samples.png")
-        kind = "grid" if path.suffix.lower() in GRID_FORMATS else "folder"
-    if kind == "folder":
-        check(not path.suffix or path.is_dir(),
-              f"--out {path}: cannot write {path.suffix} files; name a {', '.join(GRID_FORMATS)} file, or a folder")
-        check(not path.is_dir() or not list_images(path)[0], f"--out {path} holds images already: choose a new folder")
-    return path, kind
+        tokenizer = build_model(FQGAN, FQGANConfig, own, options.gpt, device)
+    for a, b in (("k", "k"), ("vocab_size", "codebook_size")):
+        found, expected = getattr(tokenizer.config, b), getattr(gpt.config, a)
+        check(found == expected, f"{options.gpt} was trained for {b} {expected}, the tokenizer has {found}")
+    check_apart(options.npz or options.out or options.gpt, state.get("settings", {}).get("data"))
+    names = state.get("classes") or [str(i) for i in range(gpt.config.num_classes)]
+    return gpt.to(pick_dtype(options.dtype, device)), tokenizer, names  # the tokenizer stays in float32
 
 def grid_rows(labels, names):
     """Labels of all images -> [(class name, indices of the row's images)]; a class's name is on its first row only."""
@@ -70,60 +105,75 @@ def file_name(index, name):
 
 def main():
     options = parse_options()
-    path, kind = output_path(options)
+    path = Path(options.npz or options.out or Path(options.gpt).parent / "samples.png")
+    is_folder = not options.npz and path.suffix.lower() not in GRID_FORMATS
+    check(not is_folder or not path.suffix or path.is_dir(),
+          f"--out {path}: cannot write {path.suffix} files; name a {', '.join(GRID_FORMATS)} file, or a folder")
     device = init_distributed(options.device, options.seed)
-    barrier()  # every process has seen the empty folder before the first one writes
     start = time.time()
-    gpt, tokenizer, names = load_generator(options.gpt, options.tokenizer, device, options.grid)
+    gpt, tokenizer, names = load_models(options, device)
 
     # labels: the classes in turn
+    classes = torch.arange(len(names) if is_folder or options.npz else min(10, len(names)))
     if options.classes:
         classes = torch.tensor(class_indices(options.classes, names))
-    else:
-        classes = torch.arange(len(names))
-        if kind == "grid":
-            classes = classes[:10]
     n = options.n or 8 * len(classes)
     labels = classes[torch.arange(n) % len(classes)]
-    if kind == "grid":
-        rows = grid_rows(labels, names)
-        # picture formats have limits, and save_grid enlarges small images to less than 192 pixels
-        most = 16_000 // max(192, tokenizer.config.image_size)
-        check(len(rows) <= most, f"a grid of {len(rows)} rows is too tall, {most} is the limit: give --out a folder")
+    # picture formats have limits, and save_grid enlarges small images to less than 192 pixels
+    most = 16_000 // max(192, tokenizer.config.image_size)
+    num_rows = len(grid_rows(labels, names))
+    check(is_folder or options.npz or num_rows <= most,
+          f"a grid of {num_rows} rows is too tall, {most} is the limit: give --out a folder")
+
+    # a folder that Ctrl-C left incomplete is completed
+    batches = rank_batches(n, options.batch_size)
+    if is_folder:
+        files = [file_name(i, names[label]) for i, label in enumerate(labels)]
+        path.mkdir(parents=True, exist_ok=True)
+        found = set(filter(is_image, os.listdir(path)))
+        check(found < set(files), f"--out {path} holds images already: choose a new folder")
+        batches = [batch for batch in batches if not found.issuperset(files[i] for i in batch)]
+        if found:
+            print0(f"{len(found)} images are there already: the others follow")
+        barrier()  # every process has seen the folder before the first one writes
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     # sample
-    folder = path if kind == "folder" else path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    batches = rank_batches(n, options.batch_size)
-    share = sum(len(batch) for batch in batches)
+    signals = catch_signals()
     made = []
-    done = 0
-    for batch, images in generate_images(gpt, tokenizer, labels, batches, options):
-        images = to_uint8(images).cpu()
-        if kind == "folder":
-            for i, image in zip(batch, images):
-                pixels = image.permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(path / file_name(i, names[labels[i]]))
-        else:
-            made.append((batch.start, images))
-        done += len(batch)
-        total = n * done // share  # of all processes
+    for i, batch in enumerate(batches):
+        # a random state of its own: whichever process makes the batch, its images are the same
+        generator = torch.Generator(device).manual_seed((options.seed * 1_000_003 + batch.start) % 2**63)
+        ids = gpt.generate(labels[batch.start:batch.stop].to(device), options.cfg_scale, options.temperature,
+                           options.top_k, options.top_p, generator)
+        images = to_uint8(tokenizer.decode(ids)).cpu()
+        if is_folder:
+            for j, image in zip(batch, images):
+                tmp = path / f".{files[j]}"
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp, "png")
+                tmp.replace(path / files[j])
+        made.append((batch, None if is_folder else images))
         seconds = time.time() - start
-        left = seconds * (share - done) / done
-        print0(f"{total} images, {total / seconds:.1f} images/s, {left:.0f} s left")
+        print0(f"batch {i + 1}/{len(batches)}, {seconds * (len(batches) / (i + 1) - 1):.0f} s left")
+        if signals:
+            break
 
-    # write the grid or the array
-    gathered = gather(made)  # also waits until all files of a folder are there
-    if rank() == 0 and kind != "folder":
-        made = sorted(sum(gathered, []), key=lambda part: part[0])
+    # write the grid or the array: after Ctrl-C, of what there is
+    made = sorted(sum(gather(made), []), key=lambda part: part[0].start)
+    done = labels[[i for batch, _ in made for i in batch]]
+    if rank() == 0 and made and not is_folder:
         images = torch.cat([images for _, images in made])
-        if kind == "npz":
+        if options.npz:
             array = images.permute(0, 2, 3, 1).numpy()
-            with atomic_write(path) as tmp, open(tmp, "wb") as file:
-                np.savez(file, arr_0=array)
+            tmp = path.with_name(f".{path.name}")
+            np.savez(tmp, arr_0=array, labels=done.numpy(), classes=np.array(names))
+            tmp.replace(path)
         else:
-            save_grid(path, [(name, from_uint8(images[indices])) for name, indices in rows])
-    print0(f"{n} images of {len(labels.unique())} classes in {path}, {duration(time.time() - start)}")
+            save_grid(path, [(name, from_uint8(images[indices])) for name, indices in grid_rows(done, names)])
+    print0(f"{len(done)} images of {len(done.unique())} classes in {path}, {duration(time.time() - start)}")
+    if signals:
+        raise KeyboardInterrupt
 
 if __name__ == "__main__":
     cli(main)

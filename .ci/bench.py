@@ -10,7 +10,6 @@ Memory is the peak of the process, weights and libraries included; "more" is wha
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -33,6 +32,7 @@ sys.path[:0] = [os.environ.get("BENCH_CODE", str(HERE)), str(HERE)]  # the code 
 
 import evaluate
 import fqgan
+import train_gpt
 from fqgan import FQGAN, GPT, Discriminator, FQGANConfig, GPTConfig, Quantizer
 
 part = functools.partial
@@ -53,7 +53,7 @@ def plain_quantizer(z, codes):
 
 def published_tokenizer(k=3):
     """A tokenizer of the published size, run as the description of its file reads."""
-    from test_fqgan import PublishedTokenizer
+    from tools.test_convert import PublishedTokenizer
 
     return PublishedTokenizer(k, widths=(128, 128, 256, 256, 512), z=256, V=16384, grid=16, depth=6)
 
@@ -102,13 +102,13 @@ def ten_crops(plain=False):
     Image.fromarray(noise).resize((500, 375)).save(path)
     data = fqgan.load_data(str(path.parent), 256, False)
 
-    def one_by_one():
-        for i in range(10):
-            image = fqgan.to_rgb(Image.open(path))
-            crop = np.array(fqgan.crop_views(image, 256, 10)[i])
-            fqgan.from_uint8(torch.from_numpy(crop).permute(2, 0, 1))
+    views = train_gpt.Views(data, 10)
 
-    return (one_by_one if plain else lambda: data.views(0, 10)), 20
+    def one_by_one():
+        for _ in range(10):
+            views[0]
+
+    return (one_by_one if plain else lambda: views[0]), 20
 
 def quantizer(plain=False, tokens=4096, codes=16384, k=1):
     modules = [Quantizer(codes, 8) for _ in range(k)]
@@ -134,7 +134,7 @@ def tokenizer_step(plain=False, dtype="float32", k=3, size=256, batch=2):
         model = part(plain_forward, made)
         parameters = [tensor.requires_grad_() for tensor in made.state.values()]
     else:
-        model = FQGAN(FQGANConfig(k=k, image_size=size, recompute=True)).train()
+        model = FQGAN(FQGANConfig(k=k, image_size=size)).train()
         parameters = [*model.parameters()]
 
     def loss():
@@ -159,9 +159,9 @@ def gpt_step(batch, plain=False, dtype="float32"):
     ids = torch.randint(0, 16384, (batch, 3, 16, 16))
     labels = torch.arange(batch)
     if not plain:
-        model = GPT(GPTConfig(dropout=0.0, recompute=True)).train()
+        model = GPT(GPTConfig(dropout=0.0)).train()
         return training(lambda: model(ids, labels)[1], [*model.parameters()], dtype), 1
-    from test_fqgan import PublishedGPT
+    from tools.test_convert import PublishedGPT
 
     model = PublishedGPT(3, D=1024, V=16384, classes=1000, trunk=24, head=3)
     parameters = [tensor.requires_grad_() for tensor in model.state.values()]
@@ -172,9 +172,7 @@ def gpt_step(batch, plain=False, dtype="float32"):
 
     return training(loss, parameters, dtype), 1
 
-def gpt_sampling(plain=False, dtype="float32"):
-    if plain:  # the same code without its weights packed
-        fqgan.packed_weights = lambda *_: contextlib.nullcontext()
+def gpt_sampling(dtype="float32"):
     model = GPT(GPTConfig(grid=8)).to(getattr(torch, dtype)).eval()
     return (lambda: model.generate(torch.arange(4), cfg_scale=2.0)), 1
 
@@ -199,7 +197,7 @@ def in_both_types(make, *args):
     return ways
 
 def by(make, name, values, **options):
-    return {f"{value:,}": part(make, **{name: value}, **options) for value in values}
+    return {str(value): part(make, **{name: value}, **options) for value in values}
 
 ROWS = {
     "Frechet distance, 2048x2048": {"plain, scipy": part(frechet, plain=True), "ours": frechet},
@@ -210,7 +208,7 @@ ROWS = {
     "FQGAN-Triple 16x, decoding 2 images": in_both_types(coding, "decode"),
     "FAR-Base, training step of 2": in_both_types(gpt_step, 2),
     "FAR-Base, training step of 8": in_both_types(gpt_step, 8),
-    "FAR-Base, 64 positions x 4 images, guided": in_both_types(gpt_sampling),
+    "FAR-Base, 64 positions x 4 images, guided": by(gpt_sampling, "dtype", ("float32", "bfloat16")),
     "GPT of 3.5 M, 256 positions x 4 images, guided": {
         "plain, uncached": part(small_sampling, plain=True),
         "ours": small_sampling,

@@ -32,7 +32,8 @@ import sample
 import train_gpt
 import train_tokenizer
 from fqgan import UserError
-from test_fqgan import TINY_GPT_RUN, TINY_RUN, Hostile, call, load, make_folder, parser_of, same, shell_words
+from test_fqgan import (
+    TINY_GPT_RUN, TINY_RUN, Hostile, call, load, load_models, log_of, make_folder, parser_of, same, shell_words)
 
 def damaged(data, rng):
     """A copy of the bytes that is cut off, has flipped bits, has a stretch of zeros, or two of these."""
@@ -78,14 +79,15 @@ def images(folder, rng, n=10_000):
         if i % 100 == 0:
             contents = odd[i // 100 % len(odd)]
         path.write_bytes(contents)
-        data = fqgan.ImageData(fqgan.Folder(folder), ["x"], 16, True, "one image")
+        source = fqgan.ImageData(fqgan.Folder(folder), ["x"], 16, "one image", augment=True)
+        data = train_tokenizer.TrainingItems(source, 0)
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
                 assert data[0][0].shape == (3, 16, 16)
             read += 1
-            assert data.unreadable == 0
+            assert not source.failed.any()
         except UserError:
-            assert data.unreadable == 1
+            assert source.failed.all()
         path.unlink()
     grown = peak_memory() - before
     assert grown < 1500, "12,000 x 12,000 pixels take 430 MB, and half as much again while they are scaled"
@@ -95,7 +97,7 @@ def checkpoints(folder, rng, n=1000):
     """Mutated checkpoints load or are refused in one line; what they carry is never run."""
     call(train_tokenizer, "--k", 2, "--out", folder / "run", *TINY_RUN)
     call(train_gpt, "--out", folder / "run", *TINY_GPT_RUN)
-    kinds = [("tokenizer.pt", fqgan.load_tokenizer), ("gpt.pt", fqgan.load_generator)]
+    kinds = [("tokenizer.pt", fqgan.load_tokenizer), ("gpt.pt", load_models)]
     path = folder / "mutated.pt"
     touched = folder / "touched"
     absurd = [
@@ -151,7 +153,8 @@ def kills(folder, rng, n=30, steps=2000):
     assert killed == n, f"the run was over after {killed} kills"
     whole, cut = (load(folder / name / "tokenizer.pt") for name in ("whole", "cut"))
     assert all(same(whole[part], cut[part]) for part in whole.keys() - {"settings"})
-    assert (folder / "whole" / "log.csv").read_text() == (folder / "cut" / "log.csv").read_text()
+    rows = [{row["step"]: row for row in log_of(folder / name / "log.csv")} for name in ("whole", "cut")]
+    assert rows[0] == rows[1], "the last row of each step"
     return f"{killed} kills, {writing} of them while a checkpoint was written: to the bit like a run never killed"
 
 def flags(folder, rng, n=300):
