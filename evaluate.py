@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -32,7 +33,8 @@ from torchvision.models import inception_v3
 from fqgan import (
     Folder, ImageData, LPIPS, Parser, UserError, check, check_apart, cli, code_usage, data_parts, fetch,
     build_model, fixed_sample, from_uint8, FQGAN, FQGANConfig, gather, init_distributed, load_checkpoint, load_teacher,
-    load_weights, one_line, only_shown, print0, psnr, rank, rank_batches, reconstruction_rows, save_grid, to_uint8)
+    load_weights, on_any_rank, one_line, only_shown, print0, psnr, rank, rank_batches, reconstruction_rows,
+    save_grid, to_uint8, world_size)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -156,6 +158,8 @@ def forward_with_pool(block, pool, x):
     branches[-1] = block.branch_pool(pool(x))
     return torch.cat(branches, 1)
 
+INCEPTION_DIGEST = "6726825d"  # the beginning of its file's SHA-256
+
 class Inception(nn.Module):
     """
     The FID network: the 2015-12-05 Inception graph. Its 1008 logits are without the final bias. It is torchvision's
@@ -167,7 +171,7 @@ class Inception(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         self.net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        load_weights(self.net, fetch(self.url, "6726825d", local=weights))
+        load_weights(self.net, fetch(self.url, INCEPTION_DIGEST, local=weights))
         average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
         for name, block in self.net.named_children():
@@ -191,7 +195,7 @@ class Network:
     def __init__(self, options):
         self.is_inception = not options.features
         if self.is_inception:
-            path = fetch(Inception.url, "6726825d", local=options.inception)
+            path = fetch(Inception.url, INCEPTION_DIGEST, local=options.inception)
             self.module = Inception(path).to(options.device)
         else:
             path = options.features
@@ -209,14 +213,16 @@ class Network:
         check(features.ndim == 2, f"--features gives {tuple(features.shape)} in place of (B, D)")
         return features, features[:, :0]
 
-def load_or_why_not(make, file):
+def load_or_why_not(make, file, device):
     """-> (what make() gives, ""), or (None, why it cannot be had); an error where the user names the `file`"""
+    made, reason = None, "another process could not load it"
     try:
-        return make(), ""
+        made = make()
     except UserError as error:
         if file:
             raise
-        return None, str(error)
+        reason = str(error)
+    return (None, reason) if on_any_rank(made is None, device) else (made, "")
 
 # -----------------------------------------------------------------------------
 # Sets of images
@@ -243,6 +249,7 @@ class Array:
         check(self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[3] == 3,
               f"{path}: arr_0 is {self.images.dtype} {self.images.shape}; expected uint8 (N, height, width, 3)")
         self.labels = arrays.get("labels", np.zeros(len(self.images), np.int64))
+        check(self.labels.shape == self.images.shape[:1] and self.labels.min() >= 0, f"{path}: labels do not fit arr_0")
         self.classes = None
         if "labels" in arrays:
             self.classes = arrays.get("classes", np.zeros(0)).tolist()
@@ -262,9 +269,12 @@ def open_set(path):
             arrays = dict(file)
     except Exception as error:
         raise UserError(f"{path} is neither a folder nor an .npz file ({one_line(error)})") from None
-    source = Array(path, arrays) if len(arrays.get("arr_0", ())) else None
+    source = Array(path, arrays) if arrays.get("arr_0", np.zeros(0)).size else None
     statistics = {name: arrays[name] for name in ("mu", "sigma", "network", "image_size") if name in arrays}
-    check(source or "mu" in statistics, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
+    is_whole = {"mu", "sigma"} <= statistics.keys()
+    check(source or is_whole, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
+    if not is_whole:
+        statistics = {}
     return source, statistics
 
 def sizes_of(source, statistics):
@@ -294,6 +304,9 @@ def collect(batches, what):
         if len(parts) % 100 == 0:
             print0(f"{what}: batch {len(parts)}")
     ranks = gather(parts)
+    if dist.is_initialized():  # all ranks compute the same figures
+        ranks = ranks or [None] * world_size()
+        dist.broadcast_object_list(ranks)
     num_batches = sum(len(parts) for parts in ranks)
     parts = [ranks[i % len(ranks)][i // len(ranks)] for i in range(num_batches)]  # as rank_batches deals them
     return [torch.cat(column) for column in zip(*parts)]
@@ -317,7 +330,7 @@ def measure(data, indices, network, options, statistics={}):
 # -----------------------------------------------------------------------------
 # What is measured: figures by name, and the reasons for those that are None
 
-def compare(real, fake, network, probe=None):
+def compare(real, fake, network, device, probe=None):
     """Two sets -> figures, reasons. probe: features and labels to fit a classifier to; else it is half of the real."""
     figures = {}
     reasons = {}
@@ -335,7 +348,7 @@ def compare(real, fake, network, probe=None):
         if reason:
             reasons = {"named": reason, "named_real": reason}
     if real.features is not None and fake.features is not None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # mps has no float64
+        device = device if device.type == "cuda" else "cpu"  # mps has no float64
         sets = real.features.to(device), fake.features.to(device)
         figures["precision"], figures["recall"] = precision_recall(*sets)
     return figures, reasons
@@ -366,7 +379,7 @@ def protocol_of(real, fake, options):
             text += "; their classes are not equally frequent"
     return text
 
-def evaluate_sets(network, options):
+def evaluate_sets(network, no_network, options):
     """--fake against --real, or the held-out part of --data -> figures, reasons, protocol"""
     paths = [path for path in (options.real, options.fake) if path]
     sets = [open_set(path) for path in paths]
@@ -375,6 +388,12 @@ def evaluate_sets(network, options):
     check(options.image_size or max(map(len, sizes)) <= 1,
           f"the images' shorter sides differ ({shown}): say with --image-size what all are cropped to")
     size = options.image_size or min(set.union(*sizes), default=0)
+    has_images = options.data or any(source for source, _ in sets)
+    check(size or not has_images, "statistics do not say their images' size: give --image-size")
+    if has_images and not network:
+        return {}, {"fid": no_network}, ""
+    saved_networks = {statistics["network"].item() for _, statistics in sets if "network" in statistics}
+    check(len(saved_networks) < 2, "the two files hold statistics of different networks")
     for path, (source, statistics) in zip(paths, sets):
         for name, here in (("network", network and network.digest), ("image_size", size)):
             saved = statistics.get(name, np.array(here)).item()
@@ -384,8 +403,8 @@ def evaluate_sets(network, options):
 
     both = []
     for path, (source, statistics) in zip(paths, sets):
-        if options.features and source:
-            statistics = {}  # ADM's, of the FID network
+        if source and (options.features or sizes_of(source, {}) != {size}):
+            statistics = {}  # ADM's, of the FID network and the images as they are
         data = ImageData(source, source.classes, size, f"{path}, cropped to {size}") if source else None
         both.append(measure(data, range(len(source or ())), network, options, statistics))
     probe = None
@@ -395,11 +414,15 @@ def evaluate_sets(network, options):
         fitted = measure(train, fixed_sample(len(train))[:10_000], network, options)
         probe = fitted.features, fitted.labels
     real, fake = both
+    check(not options.save_stats or real.features is not None, "--save-stats is for images, and --real has none")
     if options.save_stats and rank() == 0:
         with open(options.save_stats, "wb") as file:
             np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
                      network=network.digest, image_size=size)
-    return *compare(real, fake, network, probe), protocol_of(real, fake, options)
+    figures, reasons = compare(real, fake, network, options.device, probe)
+    if network is None and not all(saved.startswith(INCEPTION_DIGEST) for saved in saved_networks):
+        figures["fd"] = figures.pop("fid")  # of two files that a network of --features made
+    return figures, reasons, protocol_of(real, fake, options)
 
 def evaluate_tokenizer(network, lpips, options):
     """A tokenizer on held-out images -> figures, reasons, protocol"""
@@ -410,6 +433,10 @@ def evaluate_tokenizer(network, lpips, options):
     check(name, f"{options.tokenizer} does not say what it was trained on: name the images with --data")
     picture = options.out or Path(options.tokenizer).with_name("evaluate.png")
     check_apart(picture, name)
+    reasons = {}
+    if lpips and c.image_size < 16:
+        lpips = None
+        reasons["lpips"] = "images are under 16 pixels"
     train, held_out = data_parts(name, c.image_size)
     indices = fixed_sample(len(held_out))[:options.n]
     print0(f"{options.tokenizer}: k={c.k} sub-codebooks of {c.codebook_size} codes; held out: {held_out.description}")
@@ -442,13 +469,13 @@ def evaluate_tokenizer(network, lpips, options):
         train_labels, train_ids, *train_seen = collect(rows, "training images")
         probe = (*train_seen, train_labels)
 
-    reasons = {}
     protocol = ""
     if network:
         description = f"{len(indices)} images, {held_out.description}"
         real = measured(description, *seen[:2], labels, held_out.classes)
         fake = measured(f"their reconstructions, {ROUNDING}", *seen[2:], labels, held_out.classes)
-        compared, reasons = compare(real, fake, network, probe)
+        compared, more_reasons = compare(real, fake, network, options.device, probe)
+        reasons |= more_reasons
         figures |= {"r" + name if name in ("fid", "fd") else name: value for name, value in compared.items()}
         protocol = protocol_of(real, fake, options)
     return figures | code_figures(tokenizer, ids, labels, with_probe and (train_ids, train_labels)), reasons, protocol
@@ -501,6 +528,8 @@ def main():
     check(not options.fake or bool(options.real) != bool(options.data), "--fake is measured against --real or --data")
     check(options.fake or not options.real, "--real goes with --fake")
     check(not (options.fake and options.n), "--n does not apply to --real and --fake, which are taken whole")
+    check(options.image_size is None or options.image_size >= 1, "--image-size must be at least 1")
+    check(options.fake or not (options.image_size or options.save_stats), "--image-size, --save-stats go with --fake")
     for file in filter(None, (options.json, options.save_stats, options.out)):
         check(Path(file).absolute().parent.is_dir(), f"{file}: there is no such folder")
         for data in (options.data, options.real, options.fake):
@@ -508,15 +537,13 @@ def main():
     options.device = init_distributed(options.device)
 
     with torch.no_grad():
-        network, no_network = load_or_why_not(lambda: Network(options), options.features or options.inception)
+        network, no_network = load_or_why_not(lambda: Network(options), options.features or options.inception,
+                                              options.device)
         if options.fake:
-            needs_network = any(open_set(path)[0] for path in (options.real, options.fake) if path) or options.data
-            figures, reasons, protocol = {}, {"fid": no_network}, ""
-            if network or not needs_network:
-                figures, reasons, protocol = evaluate_sets(network, options)
+            figures, reasons, protocol = evaluate_sets(network, no_network, options)
         else:
-            lpips, no_lpips = load_or_why_not(lambda: LPIPS(options.vgg, options.lpips).to(options.device),
-                                              options.vgg or options.lpips)
+            make_lpips = lambda: LPIPS(options.vgg, options.lpips).to(options.device)
+            lpips, no_lpips = load_or_why_not(make_lpips, options.vgg or options.lpips, options.device)
             figures, reasons, protocol = evaluate_tokenizer(network, lpips, options)
             reasons |= {"rfid": no_network} if no_network else {}
             reasons |= {"lpips": no_lpips} if no_lpips else {}

@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -272,8 +273,8 @@ class FQGANConfig:
         factor = self.downsample // self.patch_size
         self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
         self.teacher_widths = tuple(self.teacher_widths)
-        check(len(self.channel_mult) == factor.bit_length(),
-              f"channel_mult {self.channel_mult} must name {factor.bit_length()} stages")
+        check(len(self.channel_mult) == factor.bit_length() and min(self.channel_mult) >= 1,
+              f"channel_mult {self.channel_mult} must name {factor.bit_length()} stages, by whole numbers")
         for name in ("channels", "adapter_width"):
             check(getattr(self, name) % self.norm_groups == 0,
                   f"{name} {getattr(self, name)} must be a multiple of norm_groups {self.norm_groups}")
@@ -327,23 +328,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias)
         self.proj = nn.Linear(width, width, bias)
 
-    def forward(self, x, rotary=None, cache=None, position=0):
-        """cache (2, B, heads, length, e): keys and values of `position` tokens; x, one token, adds its own."""
+    def forward(self, x, rotary=None, cache=None, position=None, mask=None):
+        """
+        cache (2, B, heads, length, e): keys and values, to which x, one token, adds its own at `position` (1). mask
+        (1, length): which of them are there.
+        """
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, e)
         q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
         v = qkv[2]
         if cache is not None:
-            cache[0, :, :, position] = k[:, :, 0]
-            cache[1, :, :, position] = v[:, :, 0]
-            k, v = cache[:, :, :, :position + 1]
+            cache[0].index_copy_(2, position, k.to(cache.dtype))
+            cache[1].index_copy_(2, position, v)
+            k, v = cache
         dtype = v.dtype
         if x.device.type == "cpu" and torch.is_grad_enabled():
             # under bfloat16 the backward pass of PyTorch's CPU kernel takes several times as long
             dtype = torch.promote_types(dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             is_causal = self.causal and cache is None
-            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=is_causal)
+            y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, is_causal=is_causal)
         y = y.to(v.dtype).transpose(1, 2).reshape(B, T, C)
         return self.proj(y)
 
@@ -788,38 +792,51 @@ class GPT(nn.Module):
         head_dim = c.n_embd // c.n_head
         rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
         class_token = self.class_embedding(labels)[:, None]
-        x = class_token  # (B or 2B, 1, D), as every x below
-        trunk_caches = [x.new_empty(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
-        head_caches = [x.new_empty(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
+        x = class_token.clone()  # the trunk's input (B or 2B, 1, D)
+        # of full length from the start: no shape changes from one position to the next
+        trunk_caches = [x.new_zeros(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
+        head_caches = [x.new_zeros(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
         ids = labels.new_empty(B, c.k, c.grid**2)
+        position = labels.new_zeros(1)
+        places = torch.arange(c.k, device=x.device)  # in the head
+        head_mask = places <= places[:, None]
         all_finite = torch.ones((), dtype=torch.bool, device=labels.device)
 
-        for position in range(c.grid**2):
+        def step():
+            """All codes of a position. It changes the tensors above and takes none, so that a GPU can replay it."""
             # the trunk takes one step
+            h = x
+            turn = rotary.index_select(1, position)
+            mask = torch.arange(c.grid**2, device=x.device)[None] <= position
             for block, cache in zip(self.trunk, trunk_caches):
-                x = block(x, rotary=rotary[:, position:position + 1], cache=cache, position=position)
-            trunk_output = x
+                h = block(h, rotary=turn, cache=cache, position=position, mask=mask)
+            trunk_output = h
 
             # the head takes k, each given the code before it
             embedded = []
             for i in range(c.k):
-                x = trunk_output if i == 0 or not self.head else embedded[-1]
+                h = trunk_output if i == 0 or not self.head else embedded[-1]
+                place = slice(i, i + 1)
                 for block, cache in zip(self.head, head_caches):
-                    x = block(x, rotary=rotary[:, i:i + 1], cache=cache, position=i)
-                logits = self.outputs[i](self.norm(x))[:, 0].float()  # (B or 2B, vocab_size)
+                    h = block(h, rotary=rotary[:, place], cache=cache, position=places[place], mask=head_mask[place])
+                logits = self.outputs[i](self.norm(h))[:, 0].float()  # (B or 2B, vocab_size)
                 if guided:
                     logits, null = logits.chunk(2)
                     if cfg_scale[i] != 1:
                         logits = null + cfg_scale[i] * (logits - null)
-                all_finite &= logits.isfinite().all()
+                all_finite.logical_and_(logits.isfinite().all())
                 code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
-                ids[:, i, position] = code
+                ids[:, i].index_copy_(1, position, code[:, None])
                 embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
 
             # the next input of the trunk
-            x = self.token_proj(torch.cat(embedded, -1))
-            if c.class_everywhere:
-                x = x + class_token
+            tokens = self.token_proj(torch.cat(embedded, -1))
+            x.copy_(tokens + class_token if c.class_everywhere else tokens)
+            position.add_(1)
+
+        step = recorded(step, x.device, generator)
+        for _ in range(c.grid**2):
+            step()
         self.train(was_training)
         check(all_finite, f"the logits are not finite in {x.dtype}: sample with another --dtype, such as float32")
         return ids.unflatten(2, (c.grid, c.grid))
@@ -849,6 +866,29 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     # as torch.multinomial draws, without its wait for a GPU: the least of exponential variables of rates p
     p = logits.softmax(-1)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+def recorded(step, device, generator=None):
+    """
+    A function like `step`, which changes tensors in place: on a GPU its kernels are recorded as a CUDA graph at the
+    second call, and launched together from then on, where one after the other they would wait for Python.
+    """
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    calls = itertools.count()
+
+    def run():
+        call = next(calls)
+        if call == 0:
+            return step()
+        if call == 1:
+            with torch.cuda.graph(graph):
+                step()
+        graph.replay()
+
+    return run
 
 # -----------------------------------------------------------------------------
 # Networks that only the tokenizer's training needs
@@ -947,11 +987,18 @@ def load_teacher(path):
     on any device. UserError where it cannot be read.
     """
     path = Path(path)
-    check(path.is_file(), f"no network at {path}; CLIP and DINOv2: `python tools/convert.py {path.stem} {path}`")
+    command = shlex.join(["python", "tools/convert.py", path.stem, str(path)])
+    check(path.is_file(), f"no network at {path}; CLIP's and DINOv2's are made by `{command}`")
     try:
         with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
             if path.suffix == ".pt2":
                 teacher = torch.export.load(path).module()
+                # it asserts the types and the device that it was exported with
+                for module in filter(lambda m: isinstance(m, torch.fx.GraphModule), teacher.modules()):
+                    for node in module.graph.nodes:
+                        if node.target == torch.ops.aten._assert_tensor_metadata.default:
+                            module.graph.erase_node(node)
+                    module.recompile()
             else:
                 teacher = torch.jit.load(path, map_location="cpu").float().eval()
     except Exception as error:
@@ -1027,14 +1074,17 @@ class Shapes:
 # -----------------------------------------------------------------------------
 # Data: images from files
 
+def is_16_bit(image):
+    return image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I"
+
 def to_rgb(image):
     """Any PIL image as upright 8-bit RGB: 16-bit values are scaled to 8 bits, transparency is laid on white."""
     image.load()
-    is_16_bit = image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I"
+    has_16_bits = is_16_bit(image)
     image.getexif()  # PIL keeps what it has read, and without the raw copy a damaged tag does no harm
     image.info.pop("exif", None)
     image = ImageOps.exif_transpose(image)
-    if is_16_bit:  # PIL's own conversion would clip at 255
+    if has_16_bits:  # PIL's own conversion would clip at 255
         values = np.asarray(image) / 257
         image = Image.fromarray(values.round().astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -1079,14 +1129,14 @@ def from_uint8(images):
     return images.float() / 127.5 - 1
 
 IMAGE_ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbnails")
+SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 def nfc(name):
     """A name as it is typed: macOS takes letters like é apart."""
     return unicodedata.normalize("NFC", name)
 
 def visible(names):
-    return [name for name in sorted(names, key=nfc) if not name.startswith(HIDDEN)]
+    return [name for name in sorted(names, key=nfc) if not name.startswith(".") and name not in SYSTEM_FOLDERS]
 
 def visible_folders(path):
     return [name for name in visible(os.listdir(path)) if os.path.isdir(os.path.join(path, name))]
@@ -1124,7 +1174,9 @@ class Folder(torchvision.datasets.DatasetFolder):
 
     def make_dataset(self, root, class_to_idx, **_):
         samples = []
-        self.num_others = 0
+        self.num_others = 0  # files that are not taken
+        if "" not in class_to_idx:
+            self.num_others = sum(os.path.isfile(os.path.join(root, name)) for name in visible(os.listdir(root)))
         for folder, label in class_to_idx.items():
             files = list(visible_files(os.path.join(root, folder)))
             images = [(path, label) for path in files if is_image(path)]
@@ -1193,6 +1245,8 @@ def micro_batches(first_step, steps, batch_size, accumulate):
         for i in range(0, len(places), size):
             yield places[i:i + size]
 
+BUILT_IN = ("shapes", "cifar10", "cifar100")  # folders of these names: ./cifar10
+
 def load_data(name_or_path, image_size, train):
     """
     The ImageData of "shapes"; of "cifar10" or "cifar100", downloaded into torch.hub's cache; or of a folder of class
@@ -1202,13 +1256,13 @@ def load_data(name_or_path, image_size, train):
     out, by a hash of its name, so that a file that comes or goes moves no other; if none is, both parts are the whole.
     """
     part = "training part" if train else "held-out part"
-    if name_or_path == "shapes":
-        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, f"shapes, {part}")
-    path = Path(os.path.expanduser(name_or_path))
-    if path.exists():
-        return load_folder(path, image_size, train)
     name = str(name_or_path)
-    check(name in ("cifar10", "cifar100"), f"--data {name}: no such folder; or choose shapes, cifar10 or cifar100")
+    if name == "shapes":
+        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, f"shapes, {part}")
+    if name not in BUILT_IN:
+        path = Path(os.path.expanduser(name))
+        check(name and path.exists(), f"--data {name}: no such folder; or choose {', '.join(BUILT_IN)}")
+        return load_folder(path, image_size, train)
     try:
         make = getattr(torchvision.datasets, name.upper())
         source = make(Path(torch.hub.get_dir()) / "datasets", train, download=True)
@@ -1231,8 +1285,8 @@ def load_folder(path, image_size, train):
         source = Folder(path)
         whole_size = len(source)
         is_held_out = [held_out_by_name(os.path.relpath(image, path)) for image, _ in source.samples]
-        part = "all of it: by their names none is held out"
-        if any(is_held_out):
+        part = "all of it: too few to hold any out"
+        if 0 < sum(is_held_out) < len(is_held_out):
             part = "all but about every tenth, by name" if train else "about every tenth, by name"
             source.samples = [s for s, held_out in zip(source.samples, is_held_out) if held_out != train]
     description = f"{path}, {part}"
@@ -1253,13 +1307,18 @@ def brightest_16_bit(samples):
     brightest = 0
     for path, _ in samples:
         with contextlib.suppress(Exception), Image.open(path) as image:  # what cannot be read is said where it is used
-            if image.mode.startswith("I;16"):
+            if is_16_bit(image):
                 brightest = max(brightest, int(np.asarray(image).max()))
     return brightest
 
 def data_parts(name, image_size):
     """(training part, held-out part) of load_data"""
+    downloads_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not downloads_first:
+        barrier()
     train, held_out = [load_data(name, image_size, part) for part in (True, False)]
+    if downloads_first:
+        barrier()
     check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
           f"--data {name}: its two parts have different class folders")
     return train, held_out
@@ -1284,8 +1343,8 @@ def load_checkpoint(path, kind):
     except Exception:  # its message is pages long, and advises to load without weights_only
         raise UserError(f"{path} cannot be read as a checkpoint: it is damaged, cut off, or something else") from None
     found = contents.get("kind") if isinstance(contents, dict) else None
-    check(found, f"{path} is not a {kind} checkpoint; a published one is turned into ours by "
-                 f"`python tools/convert.py {path} {kind}.pt`")
+    command = shlex.join(["python", "tools/convert.py", str(path), f"{kind}.pt"])
+    check(found, f"{path} is not a {kind} checkpoint; a published one is turned into ours by `{command}`")
     check(found == kind, f"{path} is not a {kind} checkpoint but a {found}'s")
     return contents
 
@@ -1368,7 +1427,8 @@ def cli(main):
             dist.destroy_process_group()
         return
     except (UserError, OSError) as error:
-        message = str(error).strip().splitlines()[-1]  # of a loader process, the line below its traceback
+        lines = str(error).strip().splitlines() or [repr(error)]
+        message = lines[-1]  # of a loader process, the line below its traceback
     except torch.OutOfMemoryError:
         message = "out of memory: give a smaller --batch-size, or in training a larger --accumulate, or --recompute"
     except RuntimeError as error:
@@ -1401,7 +1461,8 @@ def catch_signals():
         caught.append(number)
 
     for number in ENDING_SIGNALS:
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, on_signal)
     return caught
 
 class Parser(argparse.ArgumentParser):
@@ -1470,13 +1531,15 @@ def claim(path, must_be_new):
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing {path}: name another --out") from None
+        except OSError as error:  # of file systems without locks
+            print0(f"{path} cannot be locked ({one_line(error)}): see that no other run writes there")
     check(not must_be_new or not path.exists(),
           f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
 
 def check_apart(out, data):
     """Refuses to write into a folder whose images are read: what is written would become data."""
-    out = Path(out).resolve()
-    check(not data or not os.path.isdir(data) or not out.is_relative_to(Path(data).resolve()),
+    folder = Path(os.path.expanduser(data or "")).resolve()
+    check(not data or data in BUILT_IN or not folder.is_dir() or not Path(out).resolve().is_relative_to(folder),
           f"{out} lies in {data}, where the images are: choose another place for what is written")
 
 def rank():
@@ -1493,8 +1556,8 @@ def init_distributed(device="auto", seed=0):
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except Exception as error:
         raise UserError(f"--device {device}: not usable here ({one_line(error)})") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1522,11 +1585,12 @@ def on_any_rank(value, device):
     return all_reduce(torch.tensor(float(bool(value)), device=device)).item() > 0
 
 def gather(item):
-    """What each rank gives, as a list."""
-    items = [item] * world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
-    return items
+    """What each rank gives, as a list on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return [item]
+    items = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(item, items)
+    return items or []
 
 def print0(*words):
     """Prints on rank 0. A run goes on without its output when that fails: a closed pipe, a full disk."""

@@ -19,8 +19,8 @@ from PIL import Image
 
 from fqgan import (
     FQGAN, FQGANConfig, GPT, GPTConfig, Parser, barrier, build_model, catch_signals, check, check_apart, cli,
-    duration, from_uint8, gather, init_distributed, is_image, load_checkpoint, load_tokenizer, nfc, pick_dtype,
-    print0, rank, rank_batches, save_grid, to_uint8)
+    duration, from_uint8, gather, init_distributed, is_image, load_checkpoint, load_tokenizer, nfc, on_any_rank,
+    pick_dtype, print0, rank, rank_batches, save_grid, to_uint8, visible)
 
 GRID_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 COLUMNS = 16  # images in a row of a grid
@@ -130,9 +130,11 @@ def main():
     if is_folder:
         files = [file_name(i, names[label]) for i, label in enumerate(labels)]
         path.mkdir(parents=True, exist_ok=True)
-        found = set(filter(is_image, os.listdir(path)))
+        found = set(filter(is_image, visible(os.listdir(path))))
         check(found < set(files), f"--out {path} holds images already: choose a new folder")
-        batches = [batch for batch in batches if not found.issuperset(files[i] for i in batch)]
+        is_there = [found.issuperset(files[i] for i in batch) for batch in batches]
+        # the first one that is there is made again, to see that it is the same
+        batches = [batch for i, batch in enumerate(batches) if not is_there[i] or i == is_there.index(True)]
         if found:
             print0(f"{len(found)} images are there already: the others follow")
         barrier()  # every process has seen the folder before the first one writes
@@ -150,8 +152,12 @@ def main():
         images = to_uint8(tokenizer.decode(ids)).cpu()
         if is_folder:
             for j, image in zip(batch, images):
+                pixels = image.permute(1, 2, 0).numpy()
+                if files[j] in found:
+                    check(np.array_equal(pixels, Image.open(path / files[j])),
+                          f"--out {path} holds images of another GPT or of other flags: choose a new folder")
                 tmp = path / f".{files[j]}"
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp, "png")
+                Image.fromarray(pixels).save(tmp, "png")
                 tmp.replace(path / files[j])
         made.append((batch, None if is_folder else images))
         seconds = time.time() - start
@@ -172,7 +178,7 @@ def main():
         else:
             save_grid(path, [(name, from_uint8(images[indices])) for name, indices in grid_rows(done, names)])
     print0(f"{len(done)} images of {len(done.unique())} classes in {path}, {duration(time.time() - start)}")
-    if signals:
+    if on_any_rank(signals, device):
         raise KeyboardInterrupt
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
@@ -488,7 +489,7 @@ def test_a_few_images_that_hold_none_out(tmp_path):
     """Evaluated on what it is trained on, and so said."""
     names = [name for name in map("{:03d}.png".format, range(30)) if not fqgan.held_out_by_name(name)]
     train, held_out = [load_data(tree(tmp_path, *names[:4]), 8, part) for part in (True, False)]
-    assert len(train) == len(held_out) == 4 and "none is held out" in held_out.description
+    assert len(train) == len(held_out) == 4 and "too few to hold any out" in held_out.description
 
 def test_names_are_composed(tmp_path):
     """macOS writes an accent as a letter of its own: such a class could not be asked for, and was in other parts."""
@@ -617,6 +618,8 @@ SYSTEM = ["lost+found/", ".thumbnails/a.png", "__MACOSX/._a.png", "@eaDir/a.png/
      ["cat", "dog"], 2, "2 images of 2 classes"),
     (["a.png", "b.png", "c.heic", "d.txt", *SYSTEM], None, 2, "without 2 other files: 2 images of 1 classes"),
     (["cat/deep/er/a.png", "cat/b.png", "cat/c.txt", "dog/deep/a.png"], ["cat", "dog"], 3, "1 other files: 3 images"),
+    # trained on the two images of an inner folder, without a word of the others
+    (["inner/a.png", "inner/b.png", "1.png", "2.png", "3.png"], ["inner"], 2, "without 3 other files: 2 images"),
 ])
 def test_what_is_taken_and_what_is_said(names, classes, size, said, tmp_path):
     for part in ("train", "val"):
@@ -638,12 +641,12 @@ def test_links(tmp_path):
 
 def test_16_bit_images_of_12_bits_are_said(tmp_path):
     """Cameras and scanners write 12 bits into 16: all pixels were nearly black, without a word."""
-    for bits in (12, 16):
+    for bits, name in itertools.product((12, 16), ("a.png", "a.tiff", "a.pgm")):
         values = np.random.default_rng(0).integers(0, 2**bits, (8, 8), dtype=np.uint16)
-        (tmp_path / str(bits)).mkdir()
-        Image.fromarray(values).save(tmp_path / str(bits) / "a.png")
-        data = load_data(tmp_path / str(bits), 8, True)
-        assert ("dark 16-bit images" in data.description) == (bits == 12)
+        folder = tmp_path / f"{bits} {name}"
+        folder.mkdir()
+        Image.fromarray(values).save(folder / name)
+        assert ("dark 16-bit images" in load_data(folder, 8, True).description) == (bits == 12)
 
 ROWS, COLUMNS = np.indices((100, 200), dtype=np.uint8)
 PLANE = Image.fromarray(np.stack([COLUMNS, ROWS, 0 * ROWS], 2))  # red tells a pixel's column, green its row
@@ -900,6 +903,23 @@ def test_cached_sampling_is_uncached_sampling(k, head_layers, cfg_scale):
     assert ids.shape == (3, k, 3, 3) and torch.equal(ids, plain)
     assert torch.equal(model.generate(labels, cfg_scale, generator=seeded(1)), ids)
     assert not torch.equal(model.generate(labels, cfg_scale, generator=seeded(2)), ids)
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_all_positions_are_one_graph(k, cfg_scale, monkeypatch):
+    """What a GPU records once and replays for every position: no shape and no number in it may change."""
+    model = small_gpt(k, class_everywhere=k == 3)
+    labels = torch.arange(5)
+    expected = model.generate(labels, cfg_scale, temperature=0)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(fqgan, "recorded", lambda step, *_: torch.compile(step, backend=backend, fullgraph=True))
+    assert torch.equal(model.generate(labels, cfg_scale, temperature=0), expected)
+    assert len(graphs) == 1
 
 @pytest.mark.parametrize("cfg_scale", [[1.0, 3.0, 1.5], [0.0, 0.5, 1.0]])
 def test_sampling_parameters_of_each_code(cfg_scale):
@@ -1575,6 +1595,24 @@ def test_tokens(tmp_path, trained, monkeypatch):
     batch, labels = train_gpt.get_batch(np.load(path, mmap_mode="r"), [5, 3], [1, 0], torch.device("cpu"))
     assert np.array_equal(batch, [two[5, 1], two[3, 0]]) and labels.tolist() == [data[5][1], data[3][1]]
 
+def test_a_gpt_is_not_resumed_with_the_tokens_of_another(tmp_path, trained, monkeypatch):
+    """A run that --overwrite began, and that ended while it encoded, left its tokens beside the last run's GPT."""
+    flags = ["--tokenizer", trained / "tokenizer.pt", "--out", tmp_path, *TINY_GPT_RUN]
+    call(train_gpt, *flags, "--data", make_folder(tmp_path / "images"))
+    encode = train_gpt.encode
+    calls = itertools.count()
+
+    def cut_off(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        encode(*args)
+
+    monkeypatch.setattr(train_gpt, "encode", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        call(train_gpt, *flags, "--data", make_folder(tmp_path / "others"), "--overwrite")
+    with refused("no gpt checkpoint"):
+        call(train_gpt, "--out", tmp_path, "--resume", "--steps", 6)
+
 def test_a_full_disk_is_one_line(tmp_path, trained, monkeypatch):
     """Written through a memory map it was a bus error."""
     def full(*_):
@@ -1739,12 +1777,13 @@ def test_what_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
 
 def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, trained, capsys):
     """A viewer locks it, or a folder has its name."""
-    for name in ("recon.png", "samples.png"):
+    for name in ("recon.png", "samples.png", "log.csv"):
         (tmp_path / name).mkdir()
     call(train_tokenizer, "--k", 2, "--out", tmp_path, *TINY_RUN)
     call(train_gpt, "--out", tmp_path, *TINY_GPT_RUN)
     text = capsys.readouterr().out
-    assert "recon.png cannot be written" in text and "samples.png cannot be written" in text
+    for name in ("recon.png", "samples.png", "log.csv"):
+        assert f"{name} cannot be written" in text
     assert load(tmp_path / "gpt.pt")["step"] == 4
 
 def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
@@ -1752,6 +1791,31 @@ def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with refused("--compile needs a C\\+\\+ compiler, and there is no no-such-compiler"):
         call(train_tokenizer, "--k", 2, "--out", tmp_path, *TINY_RUN, "--compile")
+
+def test_a_folder_may_have_the_name_of_a_built_in_set(tmp_path, monkeypatch):
+    """`--out shapes` could not be resumed."""
+    monkeypatch.chdir(make_folder(tmp_path))
+    for argv in (["--k", 1, *TINY_RUN], ["--resume", "--steps", 5]):
+        call(train_tokenizer, "--out", "shapes", *argv)
+    os.rename("class 0", "cifar10")
+    assert len(load_data("./cifar10", 16, True)) < 100
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    call(train_tokenizer, "--k", 1, *TINY_RUN, "--out", tmp_path)
+    assert "cannot be locked" in capsys.readouterr().out
+
+def test_ignored_signals_stay_ignored(monkeypatch):
+    """As nohup has it."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in fqgan.ENDING_SIGNALS}
+    caught = fqgan.catch_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert caught == []
 
 def test_an_error_ends_loader_processes_at_once(tmp_path):
     """Python waited two minutes for them."""
@@ -2009,6 +2073,9 @@ def test_ctrl_c_loses_no_samples(kind, tmp_path, trained, monkeypatch):
         assert np.array_equal(np.load(cut)["arr_0"], np.load(whole)["arr_0"][:10])
         assert np.array_equal(np.load(cut)["labels"], np.load(whole)["labels"][:10])
         return
+    assert len(os.listdir(cut)) == 10
+    with refused("holds images of another GPT or of other flags"):
+        call(sample, *flags, cut, "--seed", 1)
     assert len(os.listdir(cut)) == 10
     call(sample, *flags, cut)
     contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (whole, cut)]
@@ -2380,12 +2447,17 @@ def test_evaluate_two_sets(tmp_path, inception_file, own_network, capsys):
                           (["--features", own_network, "--image-size", 12], "statistics of another image_size: 16")]:
         with refused(message):
             call(evaluate, "--fake", tmp_path / "b", "--real", tmp_path / "stats.npz", *argv, "--device", "cpu")
+    with refused("--save-stats is for images"):
+        again = ["--real", tmp_path / "stats.npz", "--save-stats", tmp_path / "again.npz"]
+        call(evaluate, *flags, *again, "--device", "cpu")
     for i, name in enumerate(("c", "d")):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(4, i), sigma=np.eye(4))
     capsys.readouterr()
     statistics = metrics_of(tmp_path, "--real", tmp_path / "c.npz", "--fake", tmp_path / "d.npz")
     assert math.isclose(statistics["fid"], 4), "two files of statistics need no network"
     assert "c.npz does not say of which network" in capsys.readouterr().out
+    with refused("give --image-size"):
+        call(evaluate, "--data", "shapes", "--fake", tmp_path / "c.npz", "--device", "cpu")
 
 def test_sizes_of_two_sets(tmp_path, own_network):
     """The first file's size cropped all: a distance of .18 or .32, by which file that was."""
@@ -2410,7 +2482,7 @@ def test_inception_score_of_sorted_images(monkeypatch):
     for n in (10_000, 5_001, 40):
         kept = logits[:n] if n > 5001 else logits[torch.arange(n) * 10_000 // n]
         fake = evaluate.Measured("", np.zeros(2), np.eye(2), logits=kept)
-        assert evaluate.compare(real, fake, None)[0]["inception_score"] > 9.9
+        assert evaluate.compare(real, fake, None, torch.device("cpu"))[0]["inception_score"] > 9.9
     assert evaluate.inception_score(logits)[0] < 6
 
 class Maps(torch.nn.Module):

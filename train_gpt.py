@@ -166,7 +166,7 @@ def evaluate(model, records, args, device):
     """Cross-entropy of each sub-codebook's codes, in nats, on --eval-images of the held-out images: (k)."""
     k = model.config.k
     indices = fixed_sample(len(records))[:args.eval_images][rank()::world_size()]
-    size = args.batch_size // (args.accumulate * world_size())
+    size = min(32, args.batch_size // (args.accumulate * world_size()))  # all logits at once take memory
     total = torch.zeros(k + 1, device=device)  # sums of the k cross-entropies, number of images
     for i in range(0, len(indices), size):
         ids, labels = get_batch(records, indices[i:i + size], 0, device)
@@ -226,17 +226,22 @@ def main():
     if rank() == 0:
         claim(path, must_be_new=not state and not args.overwrite)
     files = [path.with_name("tokens_train.npy"), path.with_name("tokens_val.npy")]
-    if not state or any(read_tokens(file) is None for file in files):
+    encoding = not state or any(read_tokens(file) is None for file in files)
+    if encoding:
         parts = data_parts(args.data, tokenizer.config.image_size)
+        check(not state or classes == parts[0].classes, f"{args.data} has other classes than the run in {path}")
         classes = parts[0].classes
-        for file, data, num_views in zip(files, parts, (args.crops, 1)):
-            encode(file, data, tokenizer, num_views, args, device)
-    train_tokens, val_tokens = [read_tokens(file) for file in files]
-    check(len(train_tokens) >= args.batch_size,
-          f"{len(train_tokens)} training images are fewer than one batch; give a smaller --batch-size")
+        check(len(parts[0]) >= args.batch_size,
+              f"{parts[0].description} are fewer than one batch; give a smaller --batch-size")
     t = tokenizer.config
     settings |= dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes))
     config = pick(GPTConfig, settings)
+    if encoding:
+        if rank() == 0 and not state:
+            path.unlink(missing_ok=True)  # of another run: it must not be resumed with these tokens
+        for file, data, num_views in zip(files, parts, (args.crops, 1)):
+            encode(file, data, tokenizer, num_views, args, device)
+    train_tokens, val_tokens = [read_tokens(file) for file in files]
 
     # model and optimizers
     torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
@@ -273,7 +278,8 @@ def main():
             print0(f"the schedule is now that of {args.steps} steps: the learning rate goes on at "
                    f"{lr_at(step, args):.2g}, not {lr_at(step, old_args):.2g}")
     elif rank() == 0:
-        path.with_name("gpt_log.csv").unlink(missing_ok=True)
+        with only_shown(path.with_name("gpt_log.csv")) as log:
+            log.unlink(missing_ok=True)
 
     def save():
         contents = {name: part.state_dict() for name, part in parts.items()}
@@ -376,6 +382,7 @@ def main():
 
     if stopping and step < args.steps:
         print0(f"stopped at step {step} of {args.steps}; all is in {path}: --resume continues")
+        barrier()  # a rank that ends would have the others ended while they write
         raise KeyboardInterrupt
     print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('samples.png')} (look at it), "
            f"{path.with_name('gpt_log.csv')}")

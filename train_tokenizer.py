@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from fqgan import (
     Discriminator, FQGAN, FQGANConfig, LPIPS, RandomFeatures, UserError, all_reduce, append_row,
-    autocast, catch_signals, center_crop, check, check_apart, claim, cli, code_usage, compiled,
+    autocast, barrier, catch_signals, center_crop, check, check_apart, claim, cli, code_usage, compiled,
     data_parts, duration, fixed_sample, flag, from_uint8, hinge_loss, init_distributed,
     leave_signals_to_main, load_checkpoint, load_teacher, micro_batches, on_any_rank, one_line,
     only_shown, parse_flags, pick, pick_dtype, print0, psnr, random_crop, rank,
@@ -238,7 +238,8 @@ def main():
             print0(f"the schedule is now that of {args.steps} steps: the learning rate goes on at {lr:.2g}, "
                    f"not {old_lr:.2g}")
     elif rank() == 0:
-        path.with_name("log.csv").unlink(missing_ok=True)
+        with only_shown(path.with_name("log.csv")) as log:
+            log.unlink(missing_ok=True)
 
     def save():
         contents = {name: part.state_dict() for name, part in parts.items()}
@@ -400,6 +401,7 @@ def main():
 
     if stopping and step < args.steps:
         print0(f"stopped at step {step} of {args.steps}; all is in {path}: --resume continues")
+        barrier()  # a rank that ends would have the others ended while they write
         raise KeyboardInterrupt
     print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('recon.png')} (look at it), "
            f"{path.with_name('log.csv')}")

@@ -263,6 +263,7 @@ def dinov2_weights(state):
 
 def convert_teacher(name, out, weights):
     """A published network, from the local file `weights` or fetched -> a torch.export file"""
+    check(out.suffix == ".pt2", f"{out}: the name of a network must end in .pt2")
     path = fetch(*TEACHERS[name], local=weights)
     is_clip = name.startswith("clip")
     try:
@@ -279,7 +280,9 @@ def convert_teacher(name, out, weights):
         raise UserError(f"{path} does not hold {name} ({one_line(error)})") from None
     any_batch = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     program = torch.export.export(teacher.eval(), (torch.zeros(2, 3, 256, 256),), dynamic_shapes=(any_batch,))
-    torch.export.save(program, out)
+    tmp = out.with_name(f".{out.name}")
+    torch.export.save(program, tmp)
+    tmp.replace(out)
     print(f"{out}: images (B,3,H,W) in [-1,1] -> features (B,{width})")
 
 # -----------------------------------------------------------------------------

@@ -434,6 +434,8 @@ def test_clip_teacher(tmp_path):
     assert torch.allclose(teacher(images[:1, :, :, :30]), run_clip(made, images[:1, :, :, :30]), atol=1e-4)
     assert not any(p.requires_grad for p in teacher.parameters())
     torch.jit.save(archive(published), tmp_path / "archive.pt")
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in training
+        assert torch.allclose(teacher(images), run_clip(made, images), atol=0.2)
     call(convert, "clip_vitb16", tmp_path / "again.pt2", "--weights", tmp_path / "archive.pt")
     assert torch.equal(fqgan.load_teacher(tmp_path / "again.pt2")(images), teacher(images))
 
