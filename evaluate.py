@@ -379,6 +379,17 @@ def protocol_of(real, fake, options):
             text += "; their classes are not equally frequent"
     return text
 
+def check_statistics(path, statistics, network, size):
+    """Refuses those of another network, or of images cropped to another size."""
+    if network and "network" in statistics:
+        saved = statistics["network"].item()
+        check(saved == network.digest, f"{path} holds statistics of another network: {saved}, not {network.digest}")
+    if "image_size" in statistics:
+        saved = statistics["image_size"].item()
+        check(saved == size, f"{path} holds statistics of another image_size: {saved}, not {size}")
+    if statistics and "network" not in statistics:
+        print0(f"{path} does not say of which network its statistics are: taken to be of this one")
+
 def evaluate_sets(network, no_network, options):
     """--fake against --real, or the held-out part of --data -> figures, reasons, protocol"""
     paths = [path for path in (options.real, options.fake) if path]
@@ -394,12 +405,8 @@ def evaluate_sets(network, no_network, options):
         return {}, {"fid": no_network}, ""
     saved_networks = {statistics["network"].item() for _, statistics in sets if "network" in statistics}
     check(len(saved_networks) < 2, "the two files hold statistics of different networks")
-    for path, (source, statistics) in zip(paths, sets):
-        for name, here in (("network", network and network.digest), ("image_size", size)):
-            saved = statistics.get(name, np.array(here)).item()
-            check(saved == here or not here, f"{path} holds statistics of another {name}: {saved}, not {here}")
-        if statistics and "network" not in statistics:
-            print0(f"{path} does not say of which network its statistics are: taken to be of this one")
+    for path, (_, statistics) in zip(paths, sets):
+        check_statistics(path, statistics, network, size)
 
     both = []
     for path, (source, statistics) in zip(paths, sets):
@@ -411,8 +418,9 @@ def evaluate_sets(network, no_network, options):
     if options.data:
         train, held_out = data_parts(options.data, size)
         both.insert(0, measure(held_out, range(len(held_out)), network, options))
-        fitted = measure(train, fixed_sample(len(train))[:10_000], network, options)
-        probe = fitted.features, fitted.labels
+        if options.features:
+            fitted = measure(train, fixed_sample(len(train))[:10_000], network, options)
+            probe = fitted.features, fitted.labels
     real, fake = both
     check(not options.save_stats or real.features is not None, "--save-stats is for images, and --real has none")
     if options.save_stats and rank() == 0:
@@ -552,7 +560,8 @@ def main():
             print0(f"{name.replace('_', ' '):36s}{value:.4f}")
     for name, reason in reasons.items():
         print0(f"{name.replace('_', ' '):36s}n/a: {reason}")
-    print0(f"protocol: {protocol}")
+    if protocol:
+        print0(f"protocol: {protocol}")
     if options.json and rank() == 0:
         contents = figures | dict.fromkeys(reasons) | {"missing": reasons, "protocol": protocol}
         Path(options.json).write_text(json.dumps(contents, indent=1))

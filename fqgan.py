@@ -31,6 +31,7 @@ import signal
 import sys
 import unicodedata
 import warnings
+from collections import namedtuple
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -59,8 +60,8 @@ class Quantizer(nn.Module):
     """
     One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
     the nearest code has the largest cosine. Always in float32: in bfloat16 one random vector in fifteen finds another
-    code. A quantizer of another kind needs the methods below, `last_ids`, which training counts, and `codebook` (V,d)
-    to load published files.
+    code. A quantizer of another kind needs the three methods below and `last_ids`, the choices of the last forward
+    pass, which the training script counts.
     """
 
     def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
@@ -218,7 +219,8 @@ def representation_loss(predicted, features):
     InfoNCE: each prediction (B,D) is to find its own among a teacher's features (B,D), the other images of the
     micro-batch being the negatives. Cosines without temperature, as in the official code. Section 3.2.
     """
-    cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
+    with torch.autocast(predicted.device.type, enabled=False):
+        cosine = F.normalize(predicted.float(), dim=1) @ F.normalize(features.float(), dim=1).T
     return F.cross_entropy(cosine, torch.arange(len(cosine), device=cosine.device))
 
 # -----------------------------------------------------------------------------
@@ -251,7 +253,7 @@ class FQGANConfig:
     recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
     commit_weight: float = flag(0.25, "weight of the commitment loss")
     entropy_weight: float = flag(0.03, "weight of the entropy loss")
-    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay ends at", 1e-9)
+    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay in training ends at", 1e-9)
     entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss", 1e-9)
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
     decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
@@ -338,7 +340,7 @@ class Attention(nn.Module):
         q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
         v = qkv[2]
         if cache is not None:
-            cache[0].index_copy_(2, position, k.to(cache.dtype))
+            cache[0].index_copy_(2, position, k.to(cache.dtype))  # the rotary table made it float32
             cache[1].index_copy_(2, position, v)
             k, v = cache
         dtype = v.dtype
@@ -555,7 +557,10 @@ class Decoder(nn.Module):
 # Tokenizer: the whole
 
 class Branch(nn.Module):
-    """Features (B,C,h,w) -> a sub-codebook's vectors (B,d,h,w); its quantizer and feature head. Section 3.2."""
+    """
+    Features (B,C,h,w) -> a sub-codebook's vectors (B,d,h,w). Its quantizer and feature head stand here too, and are
+    called by FQGAN. Section 3.2.
+    """
 
     def __init__(self, c_in, config, teacher_width=0):
         super().__init__()
@@ -792,7 +797,7 @@ class GPT(nn.Module):
         head_dim = c.n_embd // c.n_head
         rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
         class_token = self.class_embedding(labels)[:, None]
-        x = class_token.clone()  # the trunk's input (B or 2B, 1, D)
+        x = class_token.clone()  # the trunk's input (B or 2B, 1, D), which every step replaces
         # of full length from the start: no shape changes from one position to the next
         trunk_caches = [x.new_zeros(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
         head_caches = [x.new_zeros(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
@@ -884,7 +889,7 @@ def recorded(step, device, generator=None):
         if call == 0:
             return step()
         if call == 1:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph):  # this records the kernels, but does not run them
                 step()
         graph.replay()
 
@@ -905,9 +910,9 @@ class PerceptualDistance(nn.Module):
 
 class LPIPS(PerceptualDistance):
     """
-    In VGG-16's features after five of its ReLUs, of unit length at each position, weighted by channel. Frozen, and
-    without dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given; UserError where
-    they cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
+    The distance in VGG-16's features after five of its ReLUs, of unit length at each position, weighted by channel.
+    Frozen, and without dropout. vgg: torchvision's VGG-16 weights, lin: LPIPS v0.1's; fetched once when not given;
+    UserError where they cannot be had. Source: Zhang et al., https://arxiv.org/abs/1801.03924, equation 1.
     """
 
     layers = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # VGG-16's ReLUs that are compared: place, channels
@@ -935,8 +940,8 @@ class LPIPS(PerceptualDistance):
 
 class RandomFeatures(PerceptualDistance):
     """
-    LPIPS without a download: in the features of four convolutions with random weights, always the same, each
-    normalized by the statistics of its batch. This project's own.
+    LPIPS without a download: the distance in the features of four convolutions with random weights, always the same,
+    each normalized by the statistics of its batch. This project's own.
     """
 
     def __init__(self):
@@ -1232,18 +1237,21 @@ class ImageData(torch.utils.data.Dataset):
 def epoch_order(size, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(size)
 
-def shuffled(size, seed, place):
-    """The number, below size, at a place of an endless series of shuffled epochs."""
-    epoch, i = divmod(place, size)
-    return int(epoch_order(size, seed, epoch)[i])
+Draw = namedtuple("Draw", "index seed")  # an item of a data set, and the seed of its random crop
 
-def micro_batches(first_step, steps, batch_size, accumulate):
-    """Yields ranges of places: this rank's micro-batches, `accumulate` a step."""
+def training_batches(size, seed, first_step, steps, batch_size, accumulate):
+    """
+    Yields this rank's micro-batches, `accumulate` a step: lists of Draw, of items below `size`. Each epoch has an order
+    of its own. All depends on seed and step alone: a run can be resumed at any step, on any number of ranks.
+    """
     for step in range(first_step, steps):
-        places = range(step * batch_size + rank(), (step + 1) * batch_size, world_size())
-        size = len(places) // accumulate
-        for i in range(0, len(places), size):
-            yield places[i:i + size]
+        draws = []
+        for place in range(step * batch_size + rank(), (step + 1) * batch_size, world_size()):
+            epoch, i = divmod(place, size)
+            draws.append(Draw(int(epoch_order(size, seed, epoch)[i]), f"{seed} {place}"))
+        micro_size = len(draws) // accumulate
+        for i in range(0, len(draws), micro_size):
+            yield draws[i:i + micro_size]
 
 BUILT_IN = ("shapes", "cifar10", "cifar100")  # folders of these names: ./cifar10
 

@@ -26,7 +26,7 @@ GRID_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 COLUMNS = 16  # images in a row of a grid
 
 def numbers(text):
-    """"2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position"""
+    """A knob: "2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position."""
     values = [int(word) if word.isdecimal() else float(word) for word in text.split(",")]
     return values[0] if len(values) == 1 else values
 
@@ -56,7 +56,7 @@ def parse_options():
     return options
 
 def class_indices(text, names):
-    """"0,3" or "star,moon" -> class numbers. Names go before numbers; quotes protect commas in names."""
+    """From "0,3" or "star,moon" to class numbers. Names go before numbers; quotes protect commas in names."""
     picked = []
     for word in next(csv.reader([nfc(text)], skipinitialspace=True)):
         word = word.strip()
@@ -119,7 +119,7 @@ def main():
         classes = torch.tensor(class_indices(options.classes, names))
     n = options.n or 8 * len(classes)
     labels = classes[torch.arange(n) % len(classes)]
-    # picture formats have limits, and save_grid enlarges small images to less than 192 pixels
+    # picture formats have limits, and save_grid enlarges small images, to less than twice its 96 pixels
     most = 16_000 // max(192, tokenizer.config.image_size)
     num_rows = len(grid_rows(labels, names))
     check(is_folder or options.npz or num_rows <= most,
@@ -132,11 +132,11 @@ def main():
         path.mkdir(parents=True, exist_ok=True)
         found = set(filter(is_image, visible(os.listdir(path))))
         check(found < set(files), f"--out {path} holds images already: choose a new folder")
-        is_there = [found.issuperset(files[i] for i in batch) for batch in batches]
-        # the first one that is there is made again, to see that it is the same
-        batches = [batch for i, batch in enumerate(batches) if not is_there[i] or i == is_there.index(True)]
+        there = [batch for batch in batches if found.issuperset(files[i] for i in batch)]
+        batches = [batch for batch in batches if batch not in there]
         if found:
             print0(f"{len(found)} images are there already: the others follow")
+            batches = there[:1] + batches  # one is made again, to see that it is the same
         barrier()  # every process has seen the folder before the first one writes
     else:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -701,13 +701,12 @@ def test_images_are_resized_as_adm_does_it():
 def test_training_crops_are_drawn_and_repeatable(tmp_path):
     """From the seed and the place in training alone; what is held out is seen by its center."""
     data = load_data(make_folder(tmp_path, each=2), 16, True)
-    items, again, others = [train_tokenizer.TrainingItems(data, seed) for seed in (0, 0, 1)]
-    assert all(torch.equal(items[i][0], again[i][0]) for i in range(8))
-    crops = [image.numpy().tobytes() for image, _ in map(items.__getitem__, range(4 * len(data)))]
-    assert len(set(crops)) > len(data), "an image is cropped otherwise in each epoch"
-    assert any(not torch.equal(items[i][0], others[i][0]) for i in range(8))
-    held_out = train_tokenizer.TrainingItems(load_data("shapes", 16, True), 0)
-    assert torch.equal(held_out[0][0], load_data("shapes", 16, True)[fqgan.shuffled(20_000, 0, 0)][0])
+    items = train_tokenizer.TrainingItems(data)
+    assert torch.equal(items[fqgan.Draw(1, "0 7")][0], items[fqgan.Draw(1, "0 7")][0])
+    crops = [items[fqgan.Draw(1, f"0 {place}")][0].numpy().tobytes() for place in range(9)]
+    assert len(set(crops)) > 5, "an image is cropped otherwise in each epoch"
+    shapes = load_data("shapes", 16, True)
+    assert torch.equal(train_tokenizer.TrainingItems(shapes)[fqgan.Draw(3, "0 0")][0], shapes[3][0])
 
 def test_unreadable_images(tmp_path, capsys):
     save_noise(tmp_path / "f", 300)
@@ -763,17 +762,16 @@ def test_order_is_the_same_on_any_number_of_ranks(monkeypatch):
     def batches(rank=0, world_size=1, first_step=0, accumulate=1):
         monkeypatch.setattr(fqgan, "rank", lambda: rank)
         monkeypatch.setattr(fqgan, "world_size", lambda: world_size)
-        return list(map(list, fqgan.micro_batches(first_step, 9, 4, accumulate)))
+        return list(fqgan.training_batches(10, 3, first_step, 9, 4, accumulate))
 
     one = batches()
-    assert [sorted(a + b) for a, b in zip(batches(0, 2), batches(1, 2))] == one
+    assert [sorted(a + b) for a, b in zip(batches(0, 2), batches(1, 2))] == [sorted(batch) for batch in one]
     assert batches(first_step=5) == one[5:], "taken up at step 5"
     micro = batches(accumulate=2)
     assert [a + b for a, b in zip(micro[::2], micro[1::2])] == one
-    assert list(itertools.chain(*one)) == list(range(36))
-    order = [fqgan.shuffled(10, 3, place) for place in range(36)]
+    order, seeds = zip(*itertools.chain(*one))
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
-    assert order != [fqgan.shuffled(10, 4, place) for place in range(36)]
+    assert len(set(seeds)) == 36, "crops are drawn anew in each epoch"
 
 def test_pixels_and_numbers():
     """As the official scripts write images: clamp(127.5 x + 128), cut to whole numbers."""

@@ -26,8 +26,8 @@ from fqgan import (
     FQGAN, FQGANConfig, GPT, GPTConfig, all_reduce, append_row, autocast, barrier, build_model,
     catch_signals, center_crop, check, check_apart, claim, cli, compiled, data_parts, duration,
     fixed_sample, flag, from_uint8, init_distributed, leave_signals_to_main, load_checkpoint,
-    micro_batches, on_any_rank, only_shown, parse_flags, pick, pick_dtype, print0, rank,
-    resumed_settings, save_checkpoint, save_grid, shuffled, world_size)
+    on_any_rank, only_shown, parse_flags, pick, pick_dtype, print0, rank,
+    resumed_settings, save_checkpoint, save_grid, training_batches, world_size)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -182,7 +182,7 @@ def sample_rows(model, tokenizer, classes, args, device):
     """For save_grid: eight samples of each of the first ten classes."""
     generator = torch.Generator(device).manual_seed(args.seed % 2**63)
     rows = []
-    for label, name in enumerate(classes[:10]):  # all at once, the cache of a large GPT takes more memory than training
+    for label, name in enumerate(classes[:10]):  # one class at a time: the caches of a large GPT take much memory
         labels = torch.full((8,), label, device=device)
         ids = model.generate(labels, args.cfg_scale, generator=generator)
         rows.append((name, tokenizer.decode(ids)))
@@ -274,9 +274,9 @@ def main():
         for name, part in parts.items():
             part.load_state_dict(state[name])
         old_args = replace(args, steps=state["settings"]["steps"])
-        if old_args != args:
+        if args.steps != old_args.steps:
             print0(f"the schedule is now that of {args.steps} steps: the learning rate goes on at "
-                   f"{lr_at(step, args):.2g}, not {lr_at(step, old_args):.2g}")
+                   f"{lr_at(step, args):.2g} in place of {lr_at(step, old_args):.2g}")
     elif rank() == 0:
         with only_shown(path.with_name("gpt_log.csv")) as log:
             log.unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def main():
     parallel_model = compiled(model) if args.compile else model
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
-    batches = micro_batches(step, args.steps, args.batch_size, args.accumulate)
+    batches = training_batches(len(train_tokens), args.seed, step, args.steps, args.batch_size, args.accumulate)
 
     # say what is about to happen
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -321,10 +321,9 @@ def main():
         torch.manual_seed((args.seed * 1_000_003 + step * world_size() + rank()) % 2**63)
         step_loss = torch.zeros((), device=device)
         for micro_step in range(args.accumulate):
-            places = next(batches)
-            indices = [shuffled(len(train_tokens), args.seed, place) for place in places]
-            views = [random.Random(f"{args.seed} {place}").randrange(args.crops) for place in places]
-            ids, labels = get_batch(train_tokens, indices, views, device)
+            draws = next(batches)
+            views = [random.Random(draw.seed).randrange(args.crops) for draw in draws]
+            ids, labels = get_batch(train_tokens, [draw.index for draw in draws], views, device)
             if world_size() > 1:  # ranks exchange gradients in the last backward pass only
                 parallel_model.require_backward_grad_sync = micro_step == args.accumulate - 1
             with autocast(device, dtype):

@@ -22,9 +22,9 @@ from fqgan import (
     Discriminator, FQGAN, FQGANConfig, LPIPS, RandomFeatures, UserError, all_reduce, append_row,
     autocast, barrier, catch_signals, center_crop, check, check_apart, claim, cli, code_usage, compiled,
     data_parts, duration, fixed_sample, flag, from_uint8, hinge_loss, init_distributed,
-    leave_signals_to_main, load_checkpoint, load_teacher, micro_batches, on_any_rank, one_line,
+    leave_signals_to_main, load_checkpoint, load_teacher, on_any_rank, one_line,
     only_shown, parse_flags, pick, pick_dtype, print0, psnr, random_crop, rank,
-    reconstruction_rows, resumed_settings, save_checkpoint, save_grid, shuffled, world_size)
+    reconstruction_rows, resumed_settings, save_checkpoint, save_grid, training_batches, world_size)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -83,19 +83,15 @@ class TrainConfig:
 # Helpers
 
 class TrainingItems(Dataset):
-    """
-    An endless series of a data set's items: in a random order, another one in each epoch, each with its own random
-    crop. An item depends on its place and the seed alone: a run can be resumed at any step, on any number of ranks.
-    """
+    """A data set as it is trained on: with random crops. An item is asked for by a Draw."""
 
-    def __init__(self, data, seed):
+    def __init__(self, data):
         self.data = data
-        self.seed = seed
 
-    def __getitem__(self, place):
-        image, label = self.data.read(shuffled(len(self.data), self.seed, place))
+    def __getitem__(self, draw):
+        image, label = self.data.read(draw.index)
         if self.data.augment:
-            crop = random_crop(image, self.data.image_size, random.Random(f"{self.seed} {place}"))
+            crop = random_crop(image, self.data.image_size, random.Random(draw.seed))
         else:
             crop = center_crop(image, self.data.image_size)
         return from_uint8(pil_to_tensor(crop)), label
@@ -174,7 +170,7 @@ def main():
     else:
         if flags.get("init"):
             init = load_checkpoint(flags["init"], "tokenizer")
-        # flags go first, then the shape of --init, the preset, the defaults of the configs
+        # flags go first, then the shape of --init (but teachers are this run's), the preset, the configs' defaults
         settings = PRESETS[flags.get("preset", "tiny")] | init.get("config", {}) | {"teacher_widths": ()} | flags
     args = pick(TrainConfig, settings)
     config = pick(FQGANConfig, settings)
@@ -233,10 +229,9 @@ def main():
         for name, part in parts.items():
             part.load_state_dict(state[name])
         old_args = replace(args, steps=state["settings"]["steps"])
-        if old_args != args:
-            old_lr, lr = [lr_factor(step, each) * args.lr for each in (old_args, args)]
-            print0(f"the schedule is now that of {args.steps} steps: the learning rate goes on at {lr:.2g}, "
-                   f"not {old_lr:.2g}")
+        if args.steps != old_args.steps:
+            print0(f"all schedules are now those of {args.steps} steps: the learning rate goes on at "
+                   f"{args.lr * lr_factor(step, args):.2g} in place of {args.lr * lr_factor(step, old_args):.2g}")
     elif rank() == 0:
         with only_shown(path.with_name("log.csv")) as log:
             log.unlink(missing_ok=True)
@@ -256,10 +251,10 @@ def main():
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
         parallel_disc = DistributedDataParallel(disc, broadcast_buffers=False) if disc else None
-    loader = DataLoader(TrainingItems(train_data, args.seed),
-                        batch_sampler=micro_batches(step, args.steps, args.batch_size, args.accumulate),
-                        num_workers=args.workers, worker_init_fn=leave_signals_to_main,
-                        prefetch_factor=4 if args.workers else None, pin_memory=device.type == "cuda")
+    order = training_batches(len(train_data), args.seed, step, args.steps, args.batch_size, args.accumulate)
+    loader = DataLoader(TrainingItems(train_data), batch_sampler=order, num_workers=args.workers,
+                        worker_init_fn=leave_signals_to_main, pin_memory=device.type == "cuda",
+                        prefetch_factor=4 if args.workers else None)
     batches = iter(loader)
 
     # say what is about to happen
@@ -270,9 +265,9 @@ def main():
     print0(f"held out: {val_data.description}")
     print0(f"steps {step} to {args.steps} of {args.batch_size} images, "
            f"{world_size()} x {device.type}, {dtype}")
-    names = ("commit", "entropy", "disentangle", "representation", "perceptual", "disc")
-    off = [name for name in names if not getattr(config, f"{name}_weight")]
-    if not teachers:
+    losses = ("commit", "entropy", "disentangle", "representation", "perceptual", "disc")
+    off = [name for name in losses if not getattr(config, f"{name}_weight")]
+    if not teachers and config.representation_weight:
         off.append("representation (no --teachers)")
     print0(f"losses that are off: {', '.join(off) or 'none'}")
 
@@ -349,7 +344,7 @@ def main():
         if num_skipped:
             bad = [name for name, value in step_losses.items() if not value.isfinite()]
             print0(f"step {step} left out: {', '.join(bad) or 'the gradient'} not finite")
-            check(num_skipped < 50, f"{num_skipped} steps in a row were not finite: --init {path} with a smaller --lr")
+            check(num_skipped < 50, f"{num_skipped} steps in a row were not finite: begin again with a smaller --lr")
         stopping = on_any_rank(signals, device)
         evaluating = step % args.eval_every == 0 or step == args.steps
         logging = step % args.log_every == 0 or evaluating
@@ -381,8 +376,8 @@ def main():
             val_usage, val_perplexity = code_usage(val_counts)
             print0(f"step {step}/{args.steps}  held out: PSNR {val_psnr:.2f} dB, {int(val_counts[0].sum())} tokens, "
                    f"codes used {joined(100 * val_usage, '.1f')} %, perplexity {joined(val_perplexity, '.0f')}")
-            images = [val_data[i][0] for i in fixed_sample(len(val_data))[:10]]
             if rank() == 0:
+                images = [val_data[i][0] for i in fixed_sample(len(val_data))[:10]]
                 with only_shown(path.with_name("recon.png")) as picture:
                     save_grid(picture, reconstruction_rows(model, torch.stack(images).to(device)))
             model.train()

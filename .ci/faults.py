@@ -80,10 +80,10 @@ def images(folder, rng, n=10_000):
             contents = odd[i // 100 % len(odd)]
         path.write_bytes(contents)
         source = fqgan.ImageData(fqgan.Folder(folder), ["x"], 16, "one image", augment=True)
-        data = train_tokenizer.TrainingItems(source, 0)
+        data = train_tokenizer.TrainingItems(source)
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
-                assert data[0][0].shape == (3, 16, 16)
+                assert data[fqgan.Draw(0, "0")][0].shape == (3, 16, 16)
             read += 1
             assert not source.failed.any()
         except UserError:
