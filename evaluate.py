@@ -319,10 +319,11 @@ def measured(description, features, logits, labels, classes, statistics={}):
     sigma = statistics.get("sigma", double.T.cov().numpy())
     return Measured(description, mu, sigma, features, logits, labels, classes)
 
-def measure(data, indices, network, options, statistics={}):
-    """Images of a data set, or none and the statistics of a file -> Measured"""
+def measure(data, network, options, statistics={}, n=None):
+    """All images of a data set or n random ones, or None and the statistics of a file -> Measured"""
     if data is None:
         return Measured("statistics", statistics["mu"], statistics["sigma"])
+    indices = fixed_sample(len(data))[:n] if n else range(len(data))
     rows = ((*network(images), labels) for images, labels in batches_of(data, indices, options))
     description = f"{len(indices)} images, {data.description}"
     return measured(description, *collect(rows, description), data.classes, statistics)
@@ -395,9 +396,10 @@ def evaluate_sets(network, no_network, options):
     paths = [path for path in (options.real, options.fake) if path]
     sets = [open_set(path) for path in paths]
     sizes = [sizes_of(*each) for each in sets]
-    shown = " and ".join(", ".join(map(str, sorted(found)[:5])) for found in sizes)
-    check(options.image_size or max(map(len, sizes)) <= 1,
-          f"the images' shorter sides differ ({shown}): say with --image-size what all are cropped to")
+    for path, found in zip(paths, sizes):
+        shown = ", ".join(str(size) for size in sorted(found)[:5])
+        check(options.image_size or len(found) <= 1,
+              f"the shorter sides of the images of {path} differ ({shown}): say with --image-size what to crop to")
     size = options.image_size or min(set.union(*sizes), default=0)
     has_images = options.data or any(source for source, _ in sets)
     check(size or not has_images, "statistics do not say their images' size: give --image-size")
@@ -413,13 +415,13 @@ def evaluate_sets(network, no_network, options):
         if source and (options.features or sizes_of(source, {}) != {size}):
             statistics = {}  # ADM's, of the FID network and the images as they are
         data = ImageData(source, source.classes, size, f"{path}, cropped to {size}") if source else None
-        both.append(measure(data, range(len(source or ())), network, options, statistics))
+        both.append(measure(data, network, options, statistics))
     probe = None
     if options.data:
         train, held_out = data_parts(options.data, size)
-        both.insert(0, measure(held_out, range(len(held_out)), network, options))
+        both.insert(0, measure(held_out, network, options))
         if options.features:
-            fitted = measure(train, fixed_sample(len(train))[:10_000], network, options)
+            fitted = measure(train, network, options, n=10_000)
             probe = fitted.features, fitted.labels
     real, fake = both
     check(not options.save_stats or real.features is not None, "--save-stats is for images, and --real has none")

@@ -1469,7 +1469,8 @@ def catch_signals():
         caught.append(number)
 
     for number in ENDING_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        # nohup's is kept; SIGINT is also ignored where a script starts us in the background, and yet may be sent
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, on_signal)
     return caught
 

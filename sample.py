@@ -114,7 +114,10 @@ def main():
     gpt, tokenizer, names = load_models(options, device)
 
     # labels: the classes in turn
-    classes = torch.arange(len(names) if is_folder or options.npz else min(10, len(names)))
+    is_grid = not is_folder and not options.npz
+    classes = torch.arange(len(names))
+    if is_grid:
+        classes = classes[:10]
     if options.classes:
         classes = torch.tensor(class_indices(options.classes, names))
     n = options.n or 8 * len(classes)
@@ -122,7 +125,7 @@ def main():
     # picture formats have limits, and save_grid enlarges small images, to less than twice its 96 pixels
     most = 16_000 // max(192, tokenizer.config.image_size)
     num_rows = len(grid_rows(labels, names))
-    check(is_folder or options.npz or num_rows <= most,
+    check(not is_grid or num_rows <= most,
           f"a grid of {num_rows} rows is too tall, {most} is the limit: give --out a folder")
 
     # a folder that Ctrl-C left incomplete is completed
@@ -132,7 +135,7 @@ def main():
         path.mkdir(parents=True, exist_ok=True)
         found = set(filter(is_image, visible(os.listdir(path))))
         check(found < set(files), f"--out {path} holds images already: choose a new folder")
-        there = [batch for batch in batches if found.issuperset(files[i] for i in batch)]
+        there = [batch for batch in batches if found.issuperset(files[batch.start:batch.stop])]
         batches = [batch for batch in batches if batch not in there]
         if found:
             print0(f"{len(found)} images are there already: the others follow")
@@ -166,18 +169,20 @@ def main():
             break
 
     # write the grid or the array: after Ctrl-C, of what there is
-    made = sorted(sum(gather(made), []), key=lambda part: part[0].start)
-    done = labels[[i for batch, _ in made for i in batch]]
-    if rank() == 0 and made and not is_folder:
-        images = torch.cat([images for _, images in made])
+    gathered = gather(made)
+    if rank() == 0:
+        made = sorted(sum(gathered, []), key=lambda part: part[0].start)
+        labels = torch.cat([labels[batch.start:batch.stop] for batch, _ in made])
+        if not is_folder:
+            images = torch.cat([images for _, images in made])
         if options.npz:
             array = images.permute(0, 2, 3, 1).numpy()
             tmp = path.with_name(f".{path.name}")
-            np.savez(tmp, arr_0=array, labels=done.numpy(), classes=np.array(names))
+            np.savez(tmp, arr_0=array, labels=labels.numpy(), classes=np.array(names))
             tmp.replace(path)
-        else:
-            save_grid(path, [(name, from_uint8(images[indices])) for name, indices in grid_rows(done, names)])
-    print0(f"{len(done)} images of {len(done.unique())} classes in {path}, {duration(time.time() - start)}")
+        elif is_grid:
+            save_grid(path, [(name, from_uint8(images[indices])) for name, indices in grid_rows(labels, names)])
+        print0(f"{len(labels)} images of {len(labels.unique())} classes in {path}, {duration(time.time() - start)}")
     if on_any_rank(signals, device):
         raise KeyboardInterrupt
 
