@@ -1516,7 +1516,7 @@ def test_resume_and_overwrite(tmp_path, trained, capsys):
     assert (tmp_path / "tokenizer.pt").read_bytes() == before, "nothing is overwritten unless told so"
     capsys.readouterr()
     call(train_tokenizer, *resume, "--steps", 6, "--log-every", 2)
-    assert "schedule is now that of 6 steps" in capsys.readouterr().out
+    assert "schedules are now those of 6 steps" in capsys.readouterr().out
     state = load(tmp_path / "tokenizer.pt")
     assert state["step"] == 6 and state["config"]["image_size"] == 16
     call(train_tokenizer, *flags, "--overwrite")
@@ -1932,7 +1932,7 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--image-size 8 --perceptual-weight 1", "too small for the perceptual loss: 16 or more"),
     (train_tokenizer, "--perceptual vgg", "--perceptual vgg: choose lpips or random"),
     (train_tokenizer, "--k 1 --decorrelate-weight 1", "needs two sub-codebooks"),
-    (train_tokenizer, "--data nowhere", "no such folder; or choose shapes, cifar10 or cifar100"),
+    (train_tokenizer, "--data nowhere", "no such folder; or choose shapes, cifar10, cifar100"),
     (train_tokenizer, "--batch-size 30000", "20000 images of 10 classes are fewer than one batch"),
     (train_tokenizer, "--batch-size 9 --accumulate 2", "not divisible"),
     (train_tokenizer, "--lr -1", "--lr is -1.0"),
