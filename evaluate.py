@@ -314,10 +314,10 @@ def collect(batches, what):
 def measured(description, features, logits, labels, classes, statistics={}):
     """-> Measured. The statistics of a file that holds them go before those of its images."""
     check(len(features) > 3, f"{description}: fewer than 4 images")
-    double = features.double()
-    mu = statistics.get("mu", double.mean(0).numpy())
-    sigma = statistics.get("sigma", double.T.cov().numpy())
-    return Measured(description, mu, sigma, features, logits, labels, classes)
+    if not statistics:
+        double = features.double()
+        statistics = {"mu": double.mean(0).numpy(), "sigma": double.T.cov().numpy()}
+    return Measured(description, statistics["mu"], statistics["sigma"], features, logits, labels, classes)
 
 def measure(data, network, options, statistics={}, n=None):
     """All images of a data set or n random ones, or None and the statistics of a file -> Measured"""
