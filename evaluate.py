@@ -15,7 +15,7 @@ import json
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from multiprocessing.pool import ThreadPool
@@ -31,10 +31,10 @@ from PIL import Image
 from torchvision.models import inception_v3
 
 from fqgan import (
-    Folder, ImageData, LPIPS, Parser, UserError, check, check_apart, cli, code_usage, data_parts, fetch,
-    build_model, fixed_sample, from_uint8, FQGAN, FQGANConfig, gather, init_distributed, load_checkpoint, load_teacher,
-    load_weights, on_any_rank, one_line, only_shown, print0, psnr, rank, rank_batches, reconstruction_rows,
-    save_grid, to_uint8, world_size)
+    batches_of_this_rank, build_model, cached_download, check, cli, code_usage, Folder, FQGAN, FQGANConfig,
+    from_uint8, ImageData, load_checkpoint, load_teacher, load_train_and_held_out, load_weights, LPIPS, one_line,
+    Parser, print0, psnr, rank, reconstruction_rows, refuse_output_inside_data, save_grid, setup_device,
+    shuffled_range, to_uint8, UserError, warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -58,7 +58,8 @@ def ssim(images, others):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians: float64 arrays (D), (D,D) each. Source: Heusel et
-    al., https://arxiv.org/abs/1706.08500. The root's trace is that of the symmetric (A^T S2 A)^(1/2), A A^T = S1.
+    al., https://arxiv.org/abs/1706.08500. With S1 = A A^T the matrix A^T S2 A is symmetric and has the eigenvalues of
+    S1 S2: so tr((S1 S2)^(1/2)) is the sum of their roots.
     """
     arrays = [np.asarray(array, np.float64) for array in (mu1, sigma1, mu2, sigma2)]
     shapes = [array.shape for array in arrays]
@@ -86,7 +87,10 @@ def inception_score(logits, split_size=5000):
     return float(scores.mean()), float(scores.std(correction=0))
 
 def precision_recall(real, fake, k=3):
-    """Features (N,D), (M,D) -> two shares. Source: Kynkaanniemi et al., https://arxiv.org/abs/1904.06991."""
+    """
+    Features (N,D), (M,D) -> (precision: share of the fake ones that lie among the real; recall: the reverse).
+    Source: Kynkaanniemi et al., https://arxiv.org/abs/1904.06991.
+    """
     real, fake = [torch.as_tensor(features).double() for features in (real, fake)]
     check(min(len(real), len(fake)) > k, f"precision and recall need more than {k} images in both sets")
 
@@ -171,7 +175,7 @@ class Inception(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         self.net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        load_weights(self.net, fetch(self.url, INCEPTION_DIGEST, local=weights))
+        load_weights(self.net, cached_download(self.url, INCEPTION_DIGEST, local=weights))
         average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
         maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
         for name, block in self.net.named_children():
@@ -195,7 +199,7 @@ class Network:
     def __init__(self, options):
         self.is_inception = not options.features
         if self.is_inception:
-            path = fetch(Inception.url, INCEPTION_DIGEST, local=options.inception)
+            path = cached_download(Inception.url, INCEPTION_DIGEST, local=options.inception)
             self.module = Inception(path).to(options.device)
         else:
             path = options.features
@@ -213,33 +217,17 @@ class Network:
         check(features.ndim == 2, f"--features gives {tuple(features.shape)} in place of (B, D)")
         return features, features[:, :0]
 
-def load_or_why_not(make, file, device):
-    """-> (what make() gives, ""), or (None, why it cannot be had); an error where the user names the `file`"""
-    made, reason = None, "another process could not load it"
+def loaded(make, is_asked_for):
+    """-> (what make() gives, ""), or (None, why it cannot be had); an error if the user has asked for it"""
     try:
-        made = make()
+        return make(), ""
     except UserError as error:
-        if file:
+        if is_asked_for:
             raise
-        reason = str(error)
-    return (None, reason) if on_any_rank(made is None, device) else (made, "")
+        return None, str(error)
 
 # -----------------------------------------------------------------------------
 # Sets of images
-
-ROUNDING = "8 bits as int(127.5 x + 128)"
-
-@dataclass
-class Measured:
-    """A set of images as a network sees it. Of a file of statistics there is no more than mean and covariance."""
-
-    description: str
-    mu: np.ndarray  # (D)
-    sigma: np.ndarray  # (D, D)
-    features: torch.Tensor | None = None  # (N, D)
-    logits: torch.Tensor | None = None  # (N, C)
-    labels: torch.Tensor | None = None  # (N)
-    classes: list | None = None  # their names; empty where they have none; None where the images have no labels
 
 class Array:
     """(PIL image, label) of an .npz file: arr_0, uint8 (N,H,W,3), as ADM's; labels and classes, as sample.py's."""
@@ -260,79 +248,128 @@ class Array:
     def __getitem__(self, index):
         return Image.fromarray(self.images[index]), self.labels[index]
 
-def open_set(path):
-    """A folder or an .npz -> (source of images or None, statistics: a dict that may be empty)"""
-    if os.path.isdir(path):
-        return Folder(path), {}
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except Exception as error:
-        raise UserError(f"{path} is neither a folder nor an .npz file ({one_line(error)})") from None
-    source = Array(path, arrays) if arrays.get("arr_0", np.zeros(0)).size else None
-    statistics = {name: arrays[name] for name in ("mu", "sigma", "network", "image_size") if name in arrays}
-    is_whole = {"mu", "sigma"} <= statistics.keys()
-    check(source or is_whole, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
-    if not is_whole:
-        statistics = {}
-    return source, statistics
+class ImageSet:
+    """
+    A folder of images or an .npz file. `source` gives (PIL image, label), or is None; `saved` are the statistics of an
+    .npz, ADM's or those of --save-stats, or empty: mu, sigma, perhaps the network's digest and the images' size.
+    """
 
-def sizes_of(source, statistics):
-    """The shorter sides of a set's images, as far as they are known."""
-    if source is None:
-        return {int(statistics["image_size"])} if "image_size" in statistics else set()
-    if isinstance(source, Array):
-        return {min(source.images.shape[1:3])}
-    sizes = set()
-    for path, _ in source.samples:
-        with suppress(OSError), Image.open(path) as image:  # what cannot be read is said when it is
-            sizes.add(min(image.size))
-    return sizes
+    def __init__(self, path):
+        self.path = path
+        self.source = None
+        self.saved = {}
+        if os.path.isdir(path):
+            self.source = Folder(path)
+            return
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+        except Exception as error:
+            raise UserError(f"{path} is neither a folder nor an .npz file ({one_line(error)})") from None
+        if arrays.get("arr_0", np.zeros(0)).size:
+            self.source = Array(path, arrays)
+        if {"mu", "sigma"} <= arrays.keys():
+            names = ("mu", "sigma", "network", "image_size")
+            self.saved = {name: arrays[name] for name in names if name in arrays}
+        check(self.source or self.saved, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
+
+    def sizes(self):
+        """The shorter sides of its images, as far as they are known."""
+        if self.source is None:
+            return {int(self.saved["image_size"])} if "image_size" in self.saved else set()
+        if isinstance(self.source, Array):
+            return {min(self.source.images.shape[1:3])}
+        sizes = set()
+        for path, _ in self.source.samples:
+            with suppress(OSError), Image.open(path) as image:  # ImageData will name those that cannot be read
+                sizes.add(min(image.size))
+        return sizes
+
+    def check_saved(self, network, size):
+        """Refuses statistics of another network, or of images of another size."""
+        found = {name: self.saved[name].item() for name in ("network", "image_size") if name in self.saved}
+        expected = {"network": network.digest if network else found.get("network"), "image_size": size}
+        for name, value in found.items():
+            check(value == expected[name],
+                  f"{self.path} holds statistics of another {name}: {value}, not {expected[name]}")
+        if self.saved and "network" not in self.saved:
+            print0(f"{self.path} does not say of which network its statistics are: taken to be of this one")
+
+def image_size(sets, options):
+    """What the images of all sets are cropped to: --image-size, or the size that they have; 0 if none is known."""
+    smallest = []
+    for each in sets:
+        sizes = sorted(each.sizes())
+        smallest += sizes[:1]
+        check(options.image_size or len(sizes) <= 1, f"the shorter sides of the images of {each.path} differ "
+              f"({', '.join(map(str, sizes[:5]))}): say with --image-size what to crop to")
+    return options.image_size or min(smallest, default=0)
 
 def batches_of(data, indices, options):
-    """Yields this rank's batches of a data set: (images uint8 (B,3,H,W), labels)."""
+    """Yields this rank's batches of an ImageData: (images uint8 (B,3,H,W), labels)."""
     with ThreadPool(min(8, os.cpu_count())) as pool:
-        for batch in rank_batches(len(indices), options.batch_size):
+        for batch in batches_of_this_rank(len(indices), options.batch_size):
             images, labels = zip(*pool.map(data.__getitem__, [indices[i] for i in batch]))
-            yield to_uint8(torch.stack(images)).to(options.device), torch.tensor(labels)
+            images = to_uint8(torch.stack(images))  # 8 bits, as networks take them
+            yield images.to(options.device), torch.tensor(labels)
 
 def collect(batches, what):
-    """This rank's batches (x, y, ...) -> [x, y, ...] of all ranks, whole and in order"""
+    """This rank's batches (x, y, ...) -> [x, y, ...] of all ranks, whole and in order, on every rank"""
     parts = []
     for batch in batches:
         parts.append([column.cpu() for column in batch])
         if len(parts) % 100 == 0:
             print0(f"{what}: batch {len(parts)}")
-    ranks = gather(parts)
-    if dist.is_initialized():  # all ranks compute the same figures
-        ranks = ranks or [None] * world_size()
-        dist.broadcast_object_list(ranks)
+    ranks = [parts]
+    if world_size() > 1:
+        ranks = [None] * world_size()
+        dist.all_gather_object(ranks, parts)
     num_batches = sum(len(parts) for parts in ranks)
-    parts = [ranks[i % len(ranks)][i // len(ranks)] for i in range(num_batches)]  # as rank_batches deals them
+    parts = [ranks[i % len(ranks)][i // len(ranks)] for i in range(num_batches)]  # as batches_of_this_rank deals them
     return [torch.cat(column) for column in zip(*parts)]
 
-def measured(description, features, logits, labels, classes, statistics={}):
-    """-> Measured. The statistics of a file that holds them go before those of its images."""
-    check(len(features) > 3, f"{description}: fewer than 4 images")
-    if not statistics:
-        double = features.double()
-        statistics = {"mu": double.mean(0).numpy(), "sigma": double.T.cov().numpy()}
-    return Measured(description, statistics["mu"], statistics["sigma"], features, logits, labels, classes)
+@dataclass
+class Statistics:
+    """A set of images as a network sees it. Of a file of statistics there is no more than mean and covariance."""
 
-def measure(data, network, options, statistics={}, n=None):
-    """All images of a data set or n random ones, or None and the statistics of a file -> Measured"""
-    if data is None:
-        return Measured("statistics", statistics["mu"], statistics["sigma"])
-    indices = fixed_sample(len(data))[:n] if n else range(len(data))
+    description: str
+    mu: np.ndarray  # (D)
+    sigma: np.ndarray  # (D, D)
+    features: torch.Tensor | None = None  # (N, D)
+    logits: torch.Tensor | None = None  # (N, C)
+    labels: torch.Tensor | None = None  # (N)
+    classes: list | None = None  # their names; empty where they have none; None where the images have no labels
+
+def statistics_of_features(description, features, logits, labels, classes):
+    check(len(features) > 3, f"{description}: fewer than 4 images")
+    mu = features.double().mean(0).numpy()
+    sigma = features.double().T.cov().numpy()
+    return Statistics(description, mu, sigma, features, logits, labels, classes)
+
+def statistics_of_data(data, network, options, n=None):
+    """Of all images of an ImageData, or of n random ones."""
+    indices = shuffled_range(len(data))[:n] if n else range(len(data))
     rows = ((*network(images), labels) for images, labels in batches_of(data, indices, options))
     description = f"{len(indices)} images, {data.description}"
-    return measured(description, *collect(rows, description), data.classes, statistics)
+    return statistics_of_features(description, *collect(rows, description), data.classes)
+
+def statistics_of_set(each, network, size, options):
+    """Of an ImageSet, whose images are cropped to `size`."""
+    if each.source is None:
+        return Statistics("statistics", each.saved["mu"], each.saved["sigma"])
+    data = ImageData(each.source, each.source.classes, size, f"{each.path}, cropped to {size}")
+    statistics = statistics_of_data(data, network, options)
+    if each.saved and not options.features and each.sizes() == {size}:  # the file's own go before those of its images
+        statistics = replace(statistics, mu=each.saved["mu"], sigma=each.saved["sigma"])
+    return statistics
 
 # -----------------------------------------------------------------------------
 # What is measured: figures by name, and the reasons for those that are None
 
+ROUNDING = "8 bits as int(127.5 x + 128)"
+
 def compare(real, fake, network, device, probe=None):
-    """Two sets -> figures, reasons. probe: features and labels to fit a classifier to; else it is half of the real."""
+    """Two Statistics -> figures, reasons. probe: features, labels to fit a classifier to; else half of the real ones"""
     figures = {}
     reasons = {}
     distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
@@ -340,7 +377,7 @@ def compare(real, fake, network, device, probe=None):
         figures["fid"] = distance
         if fake.logits is not None:
             # splits of images in a random order, which is always the same; what fills no split is left out
-            logits = fake.logits[fixed_sample(len(fake.logits))]
+            logits = fake.logits[shuffled_range(len(fake.logits))]
             logits = logits[:len(logits) // 5000 * 5000 or len(logits)]
             figures["inception_score"], figures["inception_score_deviation"] = inception_score(logits)
     else:
@@ -350,8 +387,7 @@ def compare(real, fake, network, device, probe=None):
             reasons = {"named": reason, "named_real": reason}
     if real.features is not None and fake.features is not None:
         device = device if device.type == "cuda" else "cpu"  # mps has no float64
-        sets = real.features.to(device), fake.features.to(device)
-        figures["precision"], figures["recall"] = precision_recall(*sets)
+        figures["precision"], figures["recall"] = precision_recall(real.features.to(device), fake.features.to(device))
     return figures, reasons
 
 def named(real, fake, probe=None):
@@ -360,7 +396,7 @@ def named(real, fake, probe=None):
         return None, None, "a set has no labels, or all the same"
     if real.classes and fake.classes and real.classes != fake.classes:
         return None, None, f"the classes differ: {', '.join(fake.classes[:5])}; {', '.join(real.classes[:5])}"
-    order = fixed_sample(len(real.features))
+    order = shuffled_range(len(real.features))
     if probe is None:
         half, order = order[:len(order) // 2], order[len(order) // 2:]
         probe = real.features[half], real.labels[half]
@@ -380,55 +416,35 @@ def protocol_of(real, fake, options):
             text += "; their classes are not equally frequent"
     return text
 
-def check_statistics(path, statistics, network, size):
-    """Refuses those of another network, or of images cropped to another size."""
-    if network and "network" in statistics:
-        saved = statistics["network"].item()
-        check(saved == network.digest, f"{path} holds statistics of another network: {saved}, not {network.digest}")
-    if "image_size" in statistics:
-        saved = statistics["image_size"].item()
-        check(saved == size, f"{path} holds statistics of another image_size: {saved}, not {size}")
-    if statistics and "network" not in statistics:
-        print0(f"{path} does not say of which network its statistics are: taken to be of this one")
-
 def evaluate_sets(network, no_network, options):
     """--fake against --real, or the held-out part of --data -> figures, reasons, protocol"""
-    paths = [path for path in (options.real, options.fake) if path]
-    sets = [open_set(path) for path in paths]
-    sizes = [sizes_of(*each) for each in sets]
-    for path, found in zip(paths, sizes):
-        shown = ", ".join(str(size) for size in sorted(found)[:5])
-        check(options.image_size or len(found) <= 1,
-              f"the shorter sides of the images of {path} differ ({shown}): say with --image-size what to crop to")
-    size = options.image_size or min(set.union(*sizes), default=0)
-    has_images = options.data or any(source for source, _ in sets)
-    check(size or not has_images, "statistics do not say their images' size: give --image-size")
-    if has_images and not network:
-        return {}, {"fid": no_network}, ""
-    saved_networks = {statistics["network"].item() for _, statistics in sets if "network" in statistics}
+    sets = [ImageSet(path) for path in (options.real, options.fake) if path]
+    size = image_size(sets, options)
+    if options.data or any(each.source for each in sets):
+        check(size, "statistics do not say their images' size: give --image-size")
+        if not network:
+            return {}, {"fid": no_network}, ""
+    saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
     check(len(saved_networks) < 2, "the two files hold statistics of different networks")
-    for path, (_, statistics) in zip(paths, sets):
-        check_statistics(path, statistics, network, size)
+    for each in sets:
+        each.check_saved(network, size)
 
-    both = []
-    for path, (source, statistics) in zip(paths, sets):
-        if source and (options.features or sizes_of(source, {}) != {size}):
-            statistics = {}  # ADM's, of the FID network and the images as they are
-        data = ImageData(source, source.classes, size, f"{path}, cropped to {size}") if source else None
-        both.append(measure(data, network, options, statistics))
+    fake = statistics_of_set(sets[-1], network, size, options)
     probe = None
-    if options.data:
-        train, held_out = data_parts(options.data, size)
-        both.insert(0, measure(held_out, network, options))
+    if options.real:
+        real = statistics_of_set(sets[0], network, size, options)
+    else:
+        train, held_out = load_train_and_held_out(options.data, size)
+        real = statistics_of_data(held_out, network, options)
         if options.features:
-            fitted = measure(train, network, options, n=10_000)
+            fitted = statistics_of_data(train, network, options, n=10_000)
             probe = fitted.features, fitted.labels
-    real, fake = both
-    check(not options.save_stats or real.features is not None, "--save-stats is for images, and --real has none")
-    if options.save_stats and rank() == 0:
-        with open(options.save_stats, "wb") as file:
-            np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
-                     network=network.digest, image_size=size)
+    if options.save_stats:
+        check(real.features is not None, "--save-stats is for images, and --real has none")
+        if rank() == 0:
+            with open(options.save_stats, "wb") as file:
+                np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
+                         network=network.digest, image_size=size)
     figures, reasons = compare(real, fake, network, options.device, probe)
     if network is None and not all(saved.startswith(INCEPTION_DIGEST) for saved in saved_networks):
         figures["fd"] = figures.pop("fid")  # of two files that a network of --features made
@@ -442,48 +458,49 @@ def evaluate_tokenizer(network, lpips, options):
     name = options.data or state.get("settings", {}).get("data")
     check(name, f"{options.tokenizer} does not say what it was trained on: name the images with --data")
     picture = options.out or Path(options.tokenizer).with_name("evaluate.png")
-    check_apart(picture, name)
+    refuse_output_inside_data(picture, name)
     reasons = {}
     if lpips and c.image_size < 16:
         lpips = None
         reasons["lpips"] = "images are under 16 pixels"
-    train, held_out = data_parts(name, c.image_size)
-    indices = fixed_sample(len(held_out))[:options.n]
+    train, held_out = load_train_and_held_out(name, c.image_size)
+    indices = shuffled_range(len(held_out))[:options.n]
     print0(f"{options.tokenizer}: k={c.k} sub-codebooks of {c.codebook_size} codes; held out: {held_out.description}")
     images = torch.stack([held_out[i][0] for i in indices[:10]]).to(options.device)
     if rank() == 0:
-        with only_shown(picture):
+        with warn_if_unwritable(picture):
             save_grid(picture, reconstruction_rows(tokenizer, images))
 
     def measure_batch(images, labels):
         originals = from_uint8(images)
         ids = tokenizer.encode(originals)
         decoded = to_uint8(tokenizer.decode(ids))
-        distances = [distance(originals, from_uint8(decoded)) for distance in (psnr, ssim, lpips) if distance]
-        row = [labels, ids, torch.stack(distances, 1)]
+        scores = [score(originals, from_uint8(decoded)) for score in (psnr, ssim, lpips) if score]
+        row = [labels, ids, torch.stack(scores, 1)]
         if network:
             row += [*network(images), *network(decoded)]
         return row
 
     rows = (measure_batch(*batch) for batch in batches_of(held_out, indices, options))
-    labels, ids, distances, *seen = collect(rows, "images")
-    figures = dict(zip(("psnr", "ssim", "lpips"), distances.mean(0).tolist()))
+    labels, ids, scores, *seen = collect(rows, "images")
+    figures = dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist()))  # without LPIPS, the first two
 
     # the training images that classifiers are fitted to, five times as many
     with_probe = len(train.classes) > 1
     probe = None
     if with_probe:
-        part = fixed_sample(len(train))[:min(10_000, 5 * len(indices))]
+        part = shuffled_range(len(train))[:min(10_000, 5 * len(indices))]
         rows = ((y, tokenizer.encode(from_uint8(x)), *(network(x)[:1] if options.features else ()))
                 for x, y in batches_of(train, part, options))
-        train_labels, train_ids, *train_seen = collect(rows, "training images")
-        probe = (*train_seen, train_labels)
+        train_labels, train_ids, *train_features = collect(rows, "training images")
+        if train_features:
+            probe = train_features[0], train_labels
 
     protocol = ""
     if network:
         description = f"{len(indices)} images, {held_out.description}"
-        real = measured(description, *seen[:2], labels, held_out.classes)
-        fake = measured(f"their reconstructions, {ROUNDING}", *seen[2:], labels, held_out.classes)
+        real = statistics_of_features(description, *seen[:2], labels, held_out.classes)
+        fake = statistics_of_features(f"their reconstructions, {ROUNDING}", *seen[2:], labels, held_out.classes)
         compared, more_reasons = compare(real, fake, network, options.device, probe)
         reasons |= more_reasons
         figures |= {"r" + name if name in ("fid", "fd") else name: value for name, value in compared.items()}
@@ -543,17 +560,16 @@ def main():
     for file in filter(None, (options.json, options.save_stats, options.out)):
         check(Path(file).absolute().parent.is_dir(), f"{file}: there is no such folder")
         for data in (options.data, options.real, options.fake):
-            check_apart(file, data)
-    options.device = init_distributed(options.device)
+            refuse_output_inside_data(file, data)
+    options.device = setup_device(options.device)
 
     with torch.no_grad():
-        network, no_network = load_or_why_not(lambda: Network(options), options.features or options.inception,
-                                              options.device)
+        network, no_network = loaded(lambda: Network(options), options.features or options.inception)
         if options.fake:
             figures, reasons, protocol = evaluate_sets(network, no_network, options)
         else:
             make_lpips = lambda: LPIPS(options.vgg, options.lpips).to(options.device)
-            lpips, no_lpips = load_or_why_not(make_lpips, options.vgg or options.lpips, options.device)
+            lpips, no_lpips = loaded(make_lpips, options.vgg or options.lpips)
             figures, reasons, protocol = evaluate_tokenizer(network, lpips, options)
             reasons |= {"rfid": no_network} if no_network else {}
             reasons |= {"lpips": no_lpips} if no_lpips else {}

@@ -59,9 +59,10 @@ def check(condition, message):
 class Quantizer(nn.Module):
     """
     One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
-    the nearest code has the largest cosine. Always in float32: in bfloat16 one random vector in fifteen finds another
-    code. A quantizer of another kind needs the three methods below and `last_ids`, the choices of the last forward
-    pass, which the training script counts.
+    the nearest code has the largest cosine. It computes in float32, since in bfloat16 one random vector in fifteen
+    finds another code. `last_ids` are the choices of the last forward pass; the training script counts them.
+
+    A quantizer of another kind needs the same three methods and `last_ids`.
     """
 
     def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
@@ -83,7 +84,8 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)
             codes = F.normalize(self.codebook.float(), dim=-1)
-            ids = nearest_codes(to_vectors(z), codes)
+            chunks = to_vectors(z).split(chunk_size(codes))
+            ids = torch.cat([(chunk @ codes.T).argmax(1) for chunk in chunks])
         return ids.view(len(z), *z.shape[2:])
 
     def forward(self, z):
@@ -92,15 +94,10 @@ class Quantizer(nn.Module):
             z = F.normalize(z.float(), dim=1)
             codes = F.normalize(self.codebook.float(), dim=-1)
 
-            # nearest code
-            if self.entropy_weight:
-                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
-            else:
-                entropy = z.new_zeros(())
-                ids = nearest_codes(to_vectors(z), codes)
+            # the entropy loss compares all vectors with all codes, and so finds the nearest ones, too
+            entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
             ids = ids.view(len(z), *z.shape[2:])
             z_q = codes[ids].permute(0, 3, 1, 2)
-
             losses = {
                 "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
                 "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
@@ -115,15 +112,9 @@ def to_vectors(z):
     return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 def chunk_size(codes):
-    """How many vectors are compared with all codes (V,d) at a time."""
-    entries = 2**18 if codes.device.type == "cpu" else 2**26  # a CPU's cache, 256 MB of a GPU
+    """How many vectors are compared with all codes (V,d) at a time, so that memory does not grow with both."""
+    entries = 2**18 if codes.device.type == "cpu" else 2**26  # what fits a CPU's cache; 256 MB on a GPU
     return max(16, entries // len(codes))
-
-@torch.no_grad()
-def nearest_codes(vectors, codes):
-    """vectors (n,d) and codes (V,d), all of unit length -> the number of each vector's nearest code (n,)"""
-    chunks = vectors.split(chunk_size(codes))
-    return torch.cat([(chunk @ codes.T).argmax(1) for chunk in chunks])
 
 class EntropyLoss(torch.autograd.Function):
     """
@@ -158,7 +149,7 @@ class EntropyLoss(torch.autograd.Function):
             s = z[rows] @ scaled_codes
             p = s.softmax(1)
             top, nearest = s.max(1, keepdim=True)
-            logsumexp = top - p.gather(1, nearest).log()  # without a second exp
+            logsumexp = top - p.gather(1, nearest).log()  # since log p_ij = s_ij - logsumexp(s_i)
             yield rows, s, p, logsumexp, nearest
 
     @staticmethod
@@ -201,9 +192,9 @@ def disentangle_loss(quantized):
 
 def decorrelation_loss(quantized):
     """
-    k codes (B,d,h,w), k > 1 -> how much of one sub-codebook's code a linear map tells by another's, 0 to 1, mean over
-    pairs: linear CKA (https://arxiv.org/abs/1905.00414). Not the paper's, whose orthogonal codes may still repeat each
-    other: a code may always come with the same orthogonal one.
+    k codes (B,d,h,w) -> how well a linear map predicts one sub-codebook's codes from another's: 0 (not at all) to 1,
+    mean over pairs. Linear CKA, https://arxiv.org/abs/1905.00414. It is not in the paper, whose loss makes the codes of
+    a pair orthogonal; but then a code may still always come with the same orthogonal one.
     """
     losses = []
     with torch.autocast(quantized[0].device.type, enabled=False):
@@ -212,7 +203,7 @@ def decorrelation_loss(quantized):
         for a, b in itertools.combinations(centered, 2):
             scale = (a.T @ a).norm() * (b.T @ b).norm()
             losses.append((a.T @ b).square().sum() / (scale + 1e-6))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean() if losses else vectors[0].new_zeros(())
 
 def representation_loss(predicted, features):
     """
@@ -230,38 +221,34 @@ def flag(default, help, at_least=0):
     """A config field whose explanation is also the help text of its command-line flag."""
     return field(default=default, metadata={"help": help, "at_least": at_least})
 
+# downsample / patch_size: channels of each stage, as in the published models
 CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
 
 @dataclass
 class FQGANConfig:
-    """The tokenizer's shape and loss weights. The defaults are the paper's FQGAN-Triple at 16x."""
+    """The tokenizer's shape, and the weights of its own losses. The defaults are the paper's FQGAN-Triple at 16x."""
 
-    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN", 1)
-    codebook_size: int = flag(16384, "codes in each sub-codebook", 1)
-    codebook_dim: int = flag(8, "dimension of a code", 1)
-    image_size: int = flag(256, "side of the square images, in pixels", 1)
-    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two", 2)
-    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first", 1)
-    channels: int = flag(128, "channels of the convolutions at the finest stage", 1)
+    k: int = flag(3, "sub-codebooks: 2 is FQGAN-Dual, 3 FQGAN-Triple; 1 with --adapter-depth 0 is VQGAN", at_least=1)
+    codebook_size: int = flag(16384, "codes in each sub-codebook", at_least=1)
+    codebook_dim: int = flag(8, "dimension of a code", at_least=1)
+    image_size: int = flag(256, "side of the square images, in pixels", at_least=1)
+    downsample: int = flag(16, "pixels that a code stands for along each side; a power of two", at_least=2)
+    patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first", at_least=1)
+    channels: int = flag(128, "channels of the convolutions at the finest stage", at_least=1)
     channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
-    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more", 1)
-    norm_groups: int = flag(32, "groups of GroupNorm; with few channels in each, an image's mean color is lost", 1)
-    z_channels: int = flag(256, "channels between the convolutions and the quantizers", 1)
+    res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more", at_least=1)
+    norm_groups: int = flag(32, "groups of GroupNorm; few channels in each lose an image's mean color", at_least=1)
+    z_channels: int = flag(256, "channels between the convolutions and the quantizers", at_least=1)
     adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
-    adapter_width: int = flag(512, "width of the adapters", 1)
-    adapter_heads: int = flag(8, "attention heads of the adapters", 1)
+    adapter_width: int = flag(512, "width of the adapters", at_least=1)
+    adapter_heads: int = flag(8, "attention heads of the adapters", at_least=1)
     recompute: bool = flag(False, "compute norms and activations again in the backward pass, to save memory")
     commit_weight: float = flag(0.25, "weight of the commitment loss")
     entropy_weight: float = flag(0.03, "weight of the entropy loss")
-    entropy_final: float = flag(1.0, "share of --entropy-weight that its exponential decay in training ends at", 1e-9)
-    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss", 1e-9)
+    entropy_temperature: float = flag(0.01, "softmax temperature of the entropy loss", at_least=1e-9)
     disentangle_weight: float = flag(0.1, "weight of the disentanglement loss")
     decorrelate_weight: float = flag(0.0, "weight of the decorrelation loss, which is not the paper's")
     representation_weight: float = flag(0.5, "weight of the representation loss of each teacher")
-    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
-    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
-    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
-    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
     teacher_widths: tuple[int, ...] = ()  # of the features that supervise the last sub-codebooks
 
     def __post_init__(self):
@@ -269,9 +256,9 @@ class FQGANConfig:
         check(self.downsample.bit_count() == 1, f"downsample {self.downsample} is not a power of two")
         check(self.downsample % self.patch_size == 0,
               f"downsample {self.downsample} must be a multiple of patch_size {self.patch_size}")
-        divisible = max(1, self.image_size // self.downsample) * self.downsample
-        check(self.image_size == divisible,
-              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {divisible} is")
+        nearest_size = max(1, self.image_size // self.downsample) * self.downsample
+        check(self.image_size == nearest_size,
+              f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {nearest_size} is")
         factor = self.downsample // self.patch_size
         self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
         self.teacher_widths = tuple(self.teacher_widths)
@@ -313,9 +300,11 @@ def rotate(x, table):
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) -> (b, a)
     return x * cos + swapped * sin
 
-def to_channels_last(x):
-    """In training on CPUs, a map with its channels last in memory: convolutions are up to a quarter faster."""
-    # not in encoding: GroupNorm loses digits in this layout, and images of one color find other codes
+def conv_layout(x):
+    """
+    A map (B,C,h,w) in the memory layout that convolutions like: in training on a CPU channels last, up to a quarter
+    faster. Not in encoding: GroupNorm loses digits in that layout, and images of one color would find other codes.
+    """
     if x.device.type == "cpu" and torch.is_grad_enabled():
         return x.contiguous(memory_format=torch.channels_last)
     return x.contiguous()
@@ -332,15 +321,15 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary=None, cache=None, position=None, mask=None):
         """
-        cache (2, B, heads, length, e): keys and values, to which x, one token, adds its own at `position` (1). mask
-        (1, length): which of them are there.
+        cache (2, B, heads, length, e) holds keys and values. With it x is one token, which writes its own key and value
+        at `position` (1) and attends to the positions that mask (1, length) allows.
         """
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, e)
         q, k = qkv[:2] if rotary is None else rotate(qkv[:2], rotary)
         v = qkv[2]
         if cache is not None:
-            cache[0].index_copy_(2, position, k.to(cache.dtype))  # the rotary table made it float32
+            cache[0].index_copy_(2, position, k.to(cache.dtype))  # the rotary table has made k float32
             cache[1].index_copy_(2, position, v)
             k, v = cache
         dtype = v.dtype
@@ -417,20 +406,26 @@ class ViT(nn.Module):
         x = self.norm_post(x)
         if self.class_embedding is not None:
             return x[:, 0]
-        return to_channels_last(x.transpose(1, 2).unflatten(2, (h, w)))
+        return conv_layout(x.transpose(1, 2).unflatten(2, (h, w)))
 
 # -----------------------------------------------------------------------------
 # Tokenizer: the convolutional encoder and decoder of VQGAN
 
-def group_norm(channels, config):
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    def __init__(self, channels, config):
+        super().__init__(config.norm_groups, channels, eps=1e-6)
+
+    def forward(self, x):
+        # bfloat16 maps stay what they are, where autocast would make a GPU's float32; statistics are float32 inside
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, config):
         super().__init__()
-        self.norm1 = group_norm(c_in, config)
+        self.norm1 = GroupNorm(c_in, config)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out, config)
+        self.norm2 = GroupNorm(c_out, config)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.recompute = config.recompute
@@ -452,7 +447,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels, config):
         super().__init__()
-        self.norm = group_norm(channels, config)
+        self.norm = GroupNorm(channels, config)
         self.attn = Attention(channels, heads=1)
 
     def forward(self, x):
@@ -489,7 +484,7 @@ class Upsample(nn.Module):
         weight = self.conv.weight.transpose(0, 1).flip(2, 3)  # (C_in, C_out, 3, 3)
         weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
         weight = F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))  # (C_in, C_out, 4, 4)
-        return F.conv_transpose2d(x, to_channels_last(weight), self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, conv_layout(weight), self.conv.bias, stride=2, padding=1)
 
 class Stage(nn.Module):
     """Residual blocks at one resolution, each with attention at the lowest one; then the next resolution."""
@@ -544,7 +539,7 @@ class Decoder(nn.Module):
             resample = nn.Identity if i == 0 else Upsample
             self.stages.append(Stage(c_in, config.channels * mult, config.res_blocks + 1, config, is_lowest, resample))
             c_in = config.channels * mult
-        self.norm_out = group_norm(c_in, config)
+        self.norm_out = GroupNorm(c_in, config)
         self.conv_out = nn.Conv2d(c_in, 3 * config.patch_size**2, 3, padding=1)
         self.patch = nn.PixelShuffle(config.patch_size)
 
@@ -558,8 +553,8 @@ class Decoder(nn.Module):
 
 class Branch(nn.Module):
     """
-    Features (B,C,h,w) -> a sub-codebook's vectors (B,d,h,w). Its quantizer and feature head stand here too, and are
-    called by FQGAN. Section 3.2.
+    One sub-codebook's own part, section 3.2: shared features (B,C,h,w) -> vectors (B,d,h,w) for its quantizer. First
+    the adapter, then what ends VQGAN's encoder: norm_out, conv_out, quant_conv. FQGAN calls quantizer and feature_head.
     """
 
     def __init__(self, c_in, config, teacher_width=0):
@@ -567,11 +562,11 @@ class Branch(nn.Module):
         positions = config.grid**2
         width = c_in
         self.adapter = nn.Identity()
-        if config.adapter_depth:  # there is no skip around it
+        if config.adapter_depth:
             width = config.adapter_width
             proj_in = nn.Linear(c_in, width) if c_in != width else nn.Identity()
             self.adapter = ViT(width, config.adapter_depth, config.adapter_heads, positions, proj_in)
-        self.norm_out = group_norm(width, config)
+        self.norm_out = GroupNorm(width, config)
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.quantizer = Quantizer(config.codebook_size, config.codebook_dim, config.commit_weight,
@@ -598,6 +593,7 @@ class FQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         channels = config.channels * config.channel_mult[-1]
+        # teachers supervise the last sub-codebooks; the first ones have none: 0
         teacher_widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
         self.branches = nn.ModuleList(Branch(channels, config, width) for width in teacher_widths)
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
@@ -610,7 +606,7 @@ class FQGAN(nn.Module):
         check(not c.adapter_depth or H == W == c.image_size,
               f"images are {W}x{H}; the adapters' positions are for {c.image_size}x{c.image_size}")
         check(H % c.downsample == W % c.downsample == 0, f"images are {W}x{H}, not divisible by {c.downsample}")
-        features = self.encoder(to_channels_last(images))
+        features = self.encoder(conv_layout(images))
         return [branch(features) for branch in self.branches]
 
     def decode_vectors(self, quantized):
@@ -676,9 +672,9 @@ class GPTConfig:
     vocab_size: int = 16384  # codes in each sub-codebook
     num_classes: int = 1000  # without the null class, which stands for none
     grid: int = 16  # positions along each side of the image
-    n_layer: int = flag(24, "blocks of the trunk", 1)
-    n_head: int = flag(16, "attention heads", 1)
-    n_embd: int = flag(1024, "width", 1)
+    n_layer: int = flag(24, "blocks of the trunk", at_least=1)
+    n_head: int = flag(16, "attention heads", at_least=1)
+    n_embd: int = flag(1024, "width", at_least=1)
     head_layers: int = flag(3, "blocks of the head over the k codes of a position; 0 for k linear classifiers")
     dropout: float = flag(0.1, "dropout on the trunk's input and on the output of every attention and MLP")
     label_dropout: float = flag(0.1, "share of labels replaced by the null class in training, for guidance")
@@ -779,10 +775,8 @@ class GPT(nn.Module):
         """
         c = self.config
         B = len(labels)
-        if B:
-            first, last = labels.aminmax()
-            check(0 <= first and last <= c.num_classes,
-                  f"labels run from {first} to {last}, expected 0 to {c.num_classes} (the last for no class)")
+        check(bool(((0 <= labels) & (labels <= c.num_classes)).all()),
+              f"labels must be from 0 to {c.num_classes} (the last for no class)")
         cfg_scale = self.one_for_each_code("cfg_scale", cfg_scale)
         temperature = self.one_for_each_code("temperature", temperature)
         top_k = self.one_for_each_code("top_k", top_k)
@@ -798,8 +792,9 @@ class GPT(nn.Module):
         rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
         class_token = self.class_embedding(labels)[:, None]
         x = class_token.clone()  # the trunk's input (B or 2B, 1, D), which every step replaces
-        # of full length from the start: no shape changes from one position to the next
+        # step() below changes these tensors in place, and none of them grows: so a GPU can record it once and replay it
         trunk_caches = [x.new_zeros(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
+        # not cleared from one position to the next: the mask hides what the last position has left
         head_caches = [x.new_zeros(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
         ids = labels.new_empty(B, c.k, c.grid**2)
         position = labels.new_zeros(1)
@@ -808,7 +803,7 @@ class GPT(nn.Module):
         all_finite = torch.ones((), dtype=torch.bool, device=labels.device)
 
         def step():
-            """All codes of a position. It changes the tensors above and takes none, so that a GPU can replay it."""
+            """All codes of a position."""
             # the trunk takes one step
             h = x
             turn = rotary.index_select(1, position)
@@ -820,7 +815,7 @@ class GPT(nn.Module):
             # the head takes k, each given the code before it
             embedded = []
             for i in range(c.k):
-                h = trunk_output if i == 0 or not self.head else embedded[-1]
+                h = embedded[-1] if self.head and i > 0 else trunk_output
                 place = slice(i, i + 1)
                 for block, cache in zip(self.head, head_caches):
                     h = block(h, rotary=rotary[:, place], cache=cache, position=places[place], mask=head_mask[place])
@@ -832,7 +827,7 @@ class GPT(nn.Module):
                 all_finite.logical_and_(logits.isfinite().all())
                 code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
                 ids[:, i].index_copy_(1, position, code[:, None])
-                embedded.append(self.token_embeddings[i](code.repeat(1 + guided))[:, None])
+                embedded.append(self.token_embeddings[i](code.repeat(2 if guided else 1))[:, None])
 
             # the next input of the trunk
             tokens = self.token_proj(torch.cat(embedded, -1))
@@ -868,32 +863,10 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p_before = p.cumsum(-1) - p
         ordered = ordered.masked_fill(p_before > top_p, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    # as torch.multinomial draws, without its wait for a GPU: the least of exponential variables of rates p
+    # of exponential variables with rates p, each is the least one with probability p; torch.multinomial draws the same
+    # way, but waits for the GPU
     p = logits.softmax(-1)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-
-def recorded(step, device, generator=None):
-    """
-    A function like `step`, which changes tensors in place: on a GPU its kernels are recorded as a CUDA graph at the
-    second call, and launched together from then on, where one after the other they would wait for Python.
-    """
-    if device.type != "cuda":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    calls = itertools.count()
-
-    def run():
-        call = next(calls)
-        if call == 0:
-            return step()
-        if call == 1:
-            with torch.cuda.graph(graph):  # this records the kernels, but does not run them
-                step()
-        graph.replay()
-
-    return run
 
 # -----------------------------------------------------------------------------
 # Networks that only the tokenizer's training needs
@@ -925,14 +898,14 @@ class LPIPS(PerceptualDistance):
         self.normalize = torchvision.transforms.Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
         self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])[:30]
         self.lin = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.layers.values())
-        load_weights(self.features, fetch(*self.vgg_file, local=vgg), r"features\.(.+)")
-        load_weights(self.lin, fetch(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
+        load_weights(self.features, cached_download(*self.vgg_file, local=vgg), r"features\.(.+)")
+        load_weights(self.lin, cached_download(*self.lin_file, local=lin), r"lin(\d)\.model\.1\.(weight)")
         self.eval().requires_grad_(False)
 
     def feature_maps(self, images):
         """Yields the five feature maps (B,C,h,w), each with the weights of its channels."""
         weights = iter(self.lin)
-        x = to_channels_last(self.normalize(images))
+        x = conv_layout(self.normalize(images))
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.layers:
@@ -955,7 +928,7 @@ class RandomFeatures(PerceptualDistance):
         self.requires_grad_(False)
 
     def feature_maps(self, images):
-        x = to_channels_last(images)
+        x = conv_layout(images)
         for conv in self.convs:
             x = F.batch_norm(conv(x), None, None, training=True)
             x = F.leaky_relu(x, 0.2)
@@ -1102,9 +1075,6 @@ def to_rgb(image):
 
 def resize_shorter(image, short):
     """Scales the shorter side to `short` as ADM (https://arxiv.org/abs/2105.05233): halved by boxes, then bicubic."""
-    longest = 8 * min(image.size)
-    if max(image.size) > longest:  # a strip, scaled as a whole, might fill the memory: use its middle
-        image = ImageOps.fit(image, [min(side, longest) for side in image.size])
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short / min(image.size)
@@ -1136,21 +1106,22 @@ def from_uint8(images):
 IMAGE_ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
-def nfc(name):
+def normalize_unicode(name):
     """A name as it is typed: macOS takes letters like é apart."""
     return unicodedata.normalize("NFC", name)
 
-def visible(names):
-    return [name for name in sorted(names, key=nfc) if not name.startswith(".") and name not in SYSTEM_FOLDERS]
+def without_hidden(names):
+    names = sorted(names, key=normalize_unicode)
+    return [name for name in names if not name.startswith(".") and name not in SYSTEM_FOLDERS]
 
 def visible_folders(path):
-    return [name for name in visible(os.listdir(path)) if os.path.isdir(os.path.join(path, name))]
+    return [name for name in without_hidden(os.listdir(path)) if os.path.isdir(os.path.join(path, name))]
 
 def visible_files(path):
     """Yields all files below a folder. Links to folders inside it are not followed: they may be cycles."""
     for folder, subfolders, files in os.walk(path):
-        subfolders[:] = visible(subfolders)
-        for name in visible(files):
+        subfolders[:] = without_hidden(subfolders)
+        for name in without_hidden(files):
             yield os.path.join(folder, name)
 
 def is_image(path):
@@ -1174,14 +1145,14 @@ class Folder(torchvision.datasets.DatasetFolder):
             if not leads_up and any(map(is_image, visible_files(folder))):
                 folders.append(name)
         if folders:
-            return [nfc(name) for name in folders], {name: i for i, name in enumerate(folders)}
-        return [nfc(Path(root).resolve().name)], {"": 0}
+            return [normalize_unicode(name) for name in folders], {name: i for i, name in enumerate(folders)}
+        return [normalize_unicode(Path(root).resolve().name)], {"": 0}
 
     def make_dataset(self, root, class_to_idx, **_):
         samples = []
         self.num_others = 0  # files that are not taken
         if "" not in class_to_idx:
-            self.num_others = sum(os.path.isfile(os.path.join(root, name)) for name in visible(os.listdir(root)))
+            self.num_others = sum(os.path.isfile(os.path.join(root, name)) for name in without_hidden(os.listdir(root)))
         for folder, label in class_to_idx.items():
             files = list(visible_files(os.path.join(root, folder)))
             images = [(path, label) for path in files if is_image(path)]
@@ -1237,23 +1208,24 @@ class ImageData(torch.utils.data.Dataset):
 def epoch_order(size, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(size)
 
-Draw = namedtuple("Draw", "index seed")  # an item of a data set, and the seed of its random crop
+Draw = namedtuple("Draw", "index seed")  # which image, and the seed of its random crop or view
 
 def training_batches(size, seed, first_step, steps, batch_size, accumulate):
     """
-    Yields this rank's micro-batches, `accumulate` a step: lists of Draw, of items below `size`. Each epoch has an order
-    of its own. All depends on seed and step alone: a run can be resumed at any step, on any number of ranks.
+    Yields this rank's micro-batches of a set of `size` images, `accumulate` of them a step: lists of Draw. Training is
+    one long stream of images, epoch after epoch, each in an order of its own. A step's part of it depends on seed and
+    step alone, so that a run can be resumed at any step, on any number of ranks.
     """
     for step in range(first_step, steps):
         draws = []
-        for place in range(step * batch_size + rank(), (step + 1) * batch_size, world_size()):
-            epoch, i = divmod(place, size)
-            draws.append(Draw(int(epoch_order(size, seed, epoch)[i]), f"{seed} {place}"))
+        for stream_position in range(step * batch_size + rank(), (step + 1) * batch_size, world_size()):
+            epoch, i = divmod(stream_position, size)
+            draws.append(Draw(int(epoch_order(size, seed, epoch)[i]), f"{seed} {stream_position}"))
         micro_size = len(draws) // accumulate
         for i in range(0, len(draws), micro_size):
             yield draws[i:i + micro_size]
 
-BUILT_IN = ("shapes", "cifar10", "cifar100")  # folders of these names: ./cifar10
+BUILT_IN = ("shapes", "cifar10", "cifar100")  # a folder of such a name is given as ./cifar10
 
 def load_data(name_or_path, image_size, train):
     """
@@ -1296,7 +1268,7 @@ def load_folder(path, image_size, train):
         part = "all of it: too few to hold any out"
         if 0 < sum(is_held_out) < len(is_held_out):
             part = "all but about every tenth, by name" if train else "about every tenth, by name"
-            source.samples = [s for s, held_out in zip(source.samples, is_held_out) if held_out != train]
+            source.samples = [s for s, is_out in zip(source.samples, is_held_out) if is_out == (not train)]
     description = f"{path}, {part}"
     if source.num_others:
         description += f", without {source.num_others} other files"
@@ -1306,8 +1278,8 @@ def load_folder(path, image_size, train):
     return ImageData(source, source.classes, image_size, description, train, whole_size)
 
 def held_out_by_name(name):
-    """Of one name in ten, whatever other files there are."""
-    digest = hashlib.sha256(os.fsencode(nfc(name).replace(os.sep, "/"))).digest()
+    """True for about one name in ten, whatever other files there are."""
+    digest = hashlib.sha256(os.fsencode(normalize_unicode(name).replace(os.sep, "/"))).digest()
     return int.from_bytes(digest[:4]) % 10 == 0
 
 def brightest_16_bit(samples):
@@ -1319,14 +1291,9 @@ def brightest_16_bit(samples):
                 brightest = max(brightest, int(np.asarray(image).max()))
     return brightest
 
-def data_parts(name, image_size):
-    """(training part, held-out part) of load_data"""
-    downloads_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not downloads_first:
-        barrier()
-    train, held_out = [load_data(name, image_size, part) for part in (True, False)]
-    if downloads_first:
-        barrier()
+def load_train_and_held_out(name, image_size):
+    """Both parts of load_data, which have the same classes."""
+    train, held_out = [load_data(name, image_size, is_train) for is_train in (True, False)]
     check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
           f"--data {name}: its two parts have different class folders")
     return train, held_out
@@ -1388,7 +1355,7 @@ def save_checkpoint(path, contents):
         tmp.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {one_line(error)}; the last checkpoint is kept") from None
 
-def fetch(url, sha256, local=None):
+def cached_download(url, sha256, local=None):
     """The path of `local`, or of a copy in torch.hub's cache, downloaded unless its SHA-256 begins as given."""
     if local:
         check(Path(local).is_file(), f"no file at {local}; what belongs there is {url}")
@@ -1436,7 +1403,7 @@ def cli(main):
         return
     except (UserError, OSError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
-        message = lines[-1]  # of a loader process, the line below its traceback
+        message = lines[-1]  # an error of a loader process is a traceback that ends with its message
     except torch.OutOfMemoryError:
         message = "out of memory: give a smaller --batch-size, or in training a larger --accumulate, or --recompute"
     except RuntimeError as error:
@@ -1454,13 +1421,13 @@ def cli(main):
 
 ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-def leave_signals_to_main(worker_id):
-    """For loader processes, which get the same signals: they work on while the main one ends its step."""
+def ignore_signals(worker_id):
+    """For loader processes, which get the same signals as the main one: they must work on while it ends its step."""
     for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 def catch_signals():
-    """From now on Ctrl-C and the signals that end a job are put into the list that is returned; a second one ends."""
+    """-> a list to which Ctrl-C, and the signals that end a job, are added from now on. A second one ends at once."""
     caught = []
 
     def on_signal(number, frame):
@@ -1498,9 +1465,10 @@ def parse_flags(doc, presets, *config_classes):
             continue
         shown = "; ".join(f"{preset}: {values.get(f.name, f.default)}" for preset, values in presets.items())
         help = f"{f.metadata['help']} ({shown})".replace("%", "%%")
-        kind = {"type": f.type if f.type in (int, float, str) else int_tuple}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": f.type if f.type in (int, float, str) else int_tuple}
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
         if f.type in (int, float):
             at_least[f.name] = f.metadata["at_least"]
@@ -1510,7 +1478,7 @@ def parse_flags(doc, presets, *config_classes):
               f"--{name.replace('_', '-')} is {flags[name]}; it must be at least {at_least[name]}")
     return flags
 
-def pick(config_class, settings):
+def from_settings(config_class, settings):
     """A config filled from a dict that holds more."""
     return config_class(**{f.name: settings[f.name] for f in fields(config_class) if f.name in settings})
 
@@ -1526,10 +1494,10 @@ def resumed_settings(checkpoint, path, flags):
           f"{path} is already at step {checkpoint['step']} of {settings['steps']}; to go on, give a larger --steps")
     return settings
 
-def claim(path, must_be_new):
+def lock_output(path, must_be_new):
     """
-    Makes the folder of a checkpoint, and keeps other runs from writing there until this process ends, however it ends.
-    UserError if another one does, or if there is a checkpoint that must not be.
+    Makes the folder of a checkpoint and locks it, so that no other run writes there until this process ends, however it
+    ends. UserError if another run holds the lock, or if there is a checkpoint although the run must be new.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(ImportError):  # Windows has no fcntl
@@ -1545,7 +1513,7 @@ def claim(path, must_be_new):
     check(not must_be_new or not path.exists(),
           f"{path} exists: --resume continues that run, --overwrite replaces it, --out FOLDER leaves it alone")
 
-def check_apart(out, data):
+def refuse_output_inside_data(out, data):
     """Refuses to write into a folder whose images are read: what is written would become data."""
     folder = Path(os.path.expanduser(data or "")).resolve()
     check(not data or data in BUILT_IN or not folder.is_dir() or not Path(out).resolve().is_relative_to(folder),
@@ -1557,8 +1525,11 @@ def rank():
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def init_distributed(device="auto", seed=0):
-    """Every script's start -> the device. Under torchrun, joins the process group (nccl on GPUs, else gloo)."""
+def setup_device(device="auto", seed=0):
+    """
+    Every script's start -> the device. Under torchrun joins the process group (nccl on GPUs, else gloo). Seeds PyTorch
+    and sets how exactly it computes.
+    """
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -1593,7 +1564,7 @@ def on_any_rank(value, device):
         return bool(value)
     return all_reduce(torch.tensor(float(bool(value)), device=device)).item() > 0
 
-def gather(item):
+def gather_on_rank0(item):
     """What each rank gives, as a list on rank 0; an empty list on the others."""
     if world_size() == 1:
         return [item]
@@ -1610,8 +1581,8 @@ def print0(*words):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 @contextlib.contextmanager
-def only_shown(path):
-    """Yields the path of a picture or a log: that it cannot be written ends no run, but is said."""
+def warn_if_unwritable(path):
+    """Yields the path of a picture or a log. If it cannot be written, a line says so, and the run goes on."""
     try:
         yield path
     except OSError as error:
@@ -1640,23 +1611,43 @@ def compiled(model):
     check(shutil.which(name), f"--compile needs a C++ compiler, and there is no {name}: install it, or set CXX")
     return torch.compile(model)
 
-def append_row(path, row):
-    """Adds a row, a dict, to a .csv file; the first one names the columns."""
-    with only_shown(path), open(path, "a+", newline="") as file:
-        file.seek(0)
-        columns = next(csv.reader(file), None)
-        writer = csv.DictWriter(file, columns or row, extrasaction="ignore")
-        if not columns:
-            writer.writeheader()
-        for name, value in row.items():
-            row[name] = value if value is None or isinstance(value, int) else f"{value:.6g}"
-        writer.writerow(row)
+def recorded(step, device, generator=None):
+    """
+    A function like `step`, which changes tensors in place: on a GPU its kernels are recorded as a CUDA graph at the
+    second call, and launched together from then on, where one after the other they would wait for Python.
+    """
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    calls = itertools.count()
 
-def fixed_sample(n):
+    def run():
+        call = next(calls)
+        if call == 0:
+            return step()
+        if call == 1:
+            with torch.cuda.graph(graph):  # records the kernels without running them: replay() does
+                step()
+        graph.replay()
+
+    return run
+
+def append_row(path, row):
+    """Adds a row, a dict, to a .csv file, which begins with the names of its columns."""
+    with warn_if_unwritable(path), open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(row)
+        values = [value if value is None or isinstance(value, int) else f"{value:.6g}" for value in row.values()]
+        writer.writerow(values)
+
+def shuffled_range(n):
     """range(n) in a random order, since folders come class by class, that is always the same."""
     return np.random.default_rng(0).permutation(n).tolist()
 
-def rank_batches(total, batch_size):
+def batches_of_this_rank(total, batch_size):
     """This rank's share of range(total), in ranges: all ranks together have each number once."""
     batches = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
     return batches[rank()::world_size()]
@@ -1672,8 +1663,8 @@ def psnr(images, others):
 
 def code_usage(counts):
     """
-    counts (..., V) of the choices of each code -> (share of codes chosen, of those that so many choices can reach;
-    perplexity), each (...)
+    counts (..., V), how often each code was chosen -> (usage, perplexity), each (...). Usage is the share of the codes
+    that were chosen; of n choices in all, out of the n codes that these could reach.
     """
     counts = counts.cpu().double()  # not every device has float64
     total = counts.sum(-1, keepdim=True)

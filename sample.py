@@ -15,18 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from fqgan import (
-    FQGAN, FQGANConfig, GPT, GPTConfig, Parser, barrier, build_model, catch_signals, check, check_apart, cli,
-    duration, from_uint8, gather, init_distributed, is_image, load_checkpoint, load_tokenizer, nfc, on_any_rank,
-    pick_dtype, print0, rank, rank_batches, save_grid, to_uint8, visible)
+    batches_of_this_rank, build_model, catch_signals, check, cli, duration, FQGAN, FQGANConfig, from_uint8,
+    gather_on_rank0, GPT, GPTConfig, is_image, load_checkpoint, load_tokenizer, normalize_unicode, on_any_rank,
+    Parser, pick_dtype, print0, rank, refuse_output_inside_data, save_grid, setup_device, to_uint8, without_hidden)
 
 GRID_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 COLUMNS = 16  # images in a row of a grid
 
 def numbers(text):
-    """A knob: "2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position."""
+    """A sampling parameter: "2" -> 2; "1.5,2" -> [1.5, 2], one for each code of a position."""
     values = [int(word) if word.isdecimal() else float(word) for word in text.split(",")]
     return values[0] if len(values) == 1 else values
 
@@ -58,7 +58,7 @@ def parse_options():
 def class_indices(text, names):
     """From "0,3" or "star,moon" to class numbers. Names go before numbers; quotes protect commas in names."""
     picked = []
-    for word in next(csv.reader([nfc(text)], skipinitialspace=True)):
+    for word in next(csv.reader([normalize_unicode(text)], skipinitialspace=True)):
         word = word.strip()
         index = int(word) if word.isdecimal() else -1
         if word in names:
@@ -66,8 +66,6 @@ def class_indices(text, names):
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         check(0 <= index < len(names), f"--classes: no class {word!r}; there are 0 to {len(names) - 1}: {shown}")
         picked.append(index)
-    if any(name.isdecimal() and name != str(i) for i, name in enumerate(names)):
-        print0(f"--classes: names that are numbers go before numbers; taken are {', '.join(names[i] for i in picked)}")
     return picked
 
 def load_models(options, device):
@@ -83,10 +81,11 @@ def load_models(options, device):
         tokenizer.to(device)
     else:
         tokenizer = build_model(FQGAN, FQGANConfig, own, options.gpt, device)
-    for a, b in (("k", "k"), ("vocab_size", "codebook_size")):
-        found, expected = getattr(tokenizer.config, b), getattr(gpt.config, a)
-        check(found == expected, f"{options.gpt} was trained for {b} {expected}, the tokenizer has {found}")
-    check_apart(options.npz or options.out or options.gpt, state.get("settings", {}).get("data"))
+    expected = {"k": gpt.config.k, "codebook_size": gpt.config.vocab_size}
+    for name, value in expected.items():
+        found = getattr(tokenizer.config, name)
+        check(found == value, f"{options.gpt} was trained for {name} {value}, the tokenizer has {found}")
+    refuse_output_inside_data(options.npz or options.out or options.gpt, state.get("settings", {}).get("data"))
     names = state.get("classes") or [str(i) for i in range(gpt.config.num_classes)]
     return gpt.to(pick_dtype(options.dtype, device)), tokenizer, names  # the tokenizer stays in float32
 
@@ -106,18 +105,17 @@ def file_name(index, name):
 def main():
     options = parse_options()
     path = Path(options.npz or options.out or Path(options.gpt).parent / "samples.png")
-    is_folder = not options.npz and path.suffix.lower() not in GRID_FORMATS
+    is_grid = not options.npz and path.suffix.lower() in GRID_FORMATS
+    is_folder = not options.npz and not is_grid
     check(not is_folder or not path.suffix or path.is_dir(),
           f"--out {path}: cannot write {path.suffix} files; name a {', '.join(GRID_FORMATS)} file, or a folder")
-    device = init_distributed(options.device, options.seed)
-    start = time.time()
+    check(not is_folder or not path.is_dir() or not any(map(is_image, without_hidden(os.listdir(path)))),
+          f"--out {path} holds images already: choose a new folder")
+    device = setup_device(options.device, options.seed)
     gpt, tokenizer, names = load_models(options, device)
 
     # labels: the classes in turn
-    is_grid = not is_folder and not options.npz
-    classes = torch.arange(len(names))
-    if is_grid:
-        classes = classes[:10]
+    classes = torch.arange(min(10, len(names)) if is_grid else len(names))
     if options.classes:
         classes = torch.tensor(class_indices(options.classes, names))
     n = options.n or 8 * len(classes)
@@ -127,26 +125,14 @@ def main():
     num_rows = len(grid_rows(labels, names))
     check(not is_grid or num_rows <= most,
           f"a grid of {num_rows} rows is too tall, {most} is the limit: give --out a folder")
-
-    # a folder that Ctrl-C left incomplete is completed
-    batches = rank_batches(n, options.batch_size)
-    if is_folder:
-        files = [file_name(i, names[label]) for i, label in enumerate(labels)]
-        path.mkdir(parents=True, exist_ok=True)
-        found = set(filter(is_image, visible(os.listdir(path))))
-        check(found < set(files), f"--out {path} holds images already: choose a new folder")
-        there = [batch for batch in batches if found.issuperset(files[batch.start:batch.stop])]
-        batches = [batch for batch in batches if batch not in there]
-        if found:
-            print0(f"{len(found)} images are there already: the others follow")
-            batches = there[:1] + batches  # one is made again, to see that it is the same
-        barrier()  # every process has seen the folder before the first one writes
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path if is_folder else path.parent
+    folder.mkdir(parents=True, exist_ok=True)
 
     # sample
-    signals = catch_signals()
+    signals = catch_signals()  # a list: empty until Ctrl-C or a signal that ends the job
+    start = time.time()
     made = []
+    batches = batches_of_this_rank(n, options.batch_size)
     for i, batch in enumerate(batches):
         # a random state of its own: whichever process makes the batch, its images are the same
         generator = torch.Generator(device).manual_seed((options.seed * 1_000_003 + batch.start) % 2**63)
@@ -155,30 +141,22 @@ def main():
         images = to_uint8(tokenizer.decode(ids)).cpu()
         if is_folder:
             for j, image in zip(batch, images):
-                pixels = image.permute(1, 2, 0).numpy()
-                if files[j] in found:
-                    check(np.array_equal(pixels, Image.open(path / files[j])),
-                          f"--out {path} holds images of another GPT or of other flags: choose a new folder")
-                tmp = path / f".{files[j]}"
-                Image.fromarray(pixels).save(tmp, "png")
-                tmp.replace(path / files[j])
-        made.append((batch, None if is_folder else images))
+                to_pil_image(image).save(path / file_name(j, names[labels[j]]))
+            images = images[:0]
+        made.append((batch, images))
         seconds = time.time() - start
         print0(f"batch {i + 1}/{len(batches)}, {seconds * (len(batches) / (i + 1) - 1):.0f} s left")
         if signals:
             break
 
     # write the grid or the array: after Ctrl-C, of what there is
-    gathered = gather(made)
+    made = sorted(sum(gather_on_rank0(made), []), key=lambda part: part[0].start)
     if rank() == 0:
-        made = sorted(sum(gathered, []), key=lambda part: part[0].start)
         labels = torch.cat([labels[batch.start:batch.stop] for batch, _ in made])
-        if not is_folder:
-            images = torch.cat([images for _, images in made])
+        images = torch.cat([images for _, images in made])
         if options.npz:
-            array = images.permute(0, 2, 3, 1).numpy()
             tmp = path.with_name(f".{path.name}")
-            np.savez(tmp, arr_0=array, labels=labels.numpy(), classes=np.array(names))
+            np.savez(tmp, arr_0=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy(), classes=np.array(names))
             tmp.replace(path)
         elif is_grid:
             save_grid(path, [(name, from_uint8(images[indices])) for name, indices in grid_rows(labels, names)])

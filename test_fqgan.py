@@ -6,10 +6,8 @@ $ python -m pytest -q test_fqgan.py
 """
 
 import contextlib
-import copy
 import csv
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,22 +25,24 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, PngImagePlugin
+from torch.utils.data import default_collate
 
 import evaluate
 import fqgan
-from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, Quantizer, UserError, disentangle_loss, entropy_loss, load_data
+from fqgan import FQGAN, GPT, FQGANConfig, GPTConfig, Quantizer, UserError, disentangle_loss, load_data
 import sample
 import train_gpt
 import train_tokenizer
 
+torch.set_num_threads(1)  # the models are small: threads would only wait for each other
 HERE = Path(__file__).parent
 # the smallest tokenizer and GPT that have every part: seconds, not minutes
 SMALL = dict(image_size=16, downsample=4, patch_size=2, channels=32, channel_mult=(1, 1), res_blocks=1, z_channels=32,
@@ -54,29 +54,34 @@ FEW_STEPS = dict(steps=4, batch_size=8, eval_every=2, eval_images=16, log_every=
 # Helpers
 
 def as_flags(values):
-    """dict(disc_start=2, channel_mult=(1, 2), resume=True) -> --disc-start 2 --channel-mult 1,2 --resume, as words"""
+    """dict(disc_start=2, channel_mult=(1, 2)) -> --disc-start 2 --channel-mult 1,2, as words"""
     flags = []
     for name, value in values.items():
-        flags.append("--" + name.replace("_", "-"))
-        if isinstance(value, tuple):
-            flags.append(",".join(map(str, value)))
-        elif value is not True:
-            flags.append(str(value))
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flags += ["--" + name.replace("_", "-"), text]
     return flags
 
 TINY_RUN = as_flags(SMALL | FEW_STEPS)
 TINY_GPT_RUN = as_flags(SMALL_GPT | FEW_STEPS)
 
+@contextlib.contextmanager
+def command_line(script, *argv):
+    """sys.argv as in `python SCRIPT ARGV`; signals are handled afterwards as they were before."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as after:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        for number in fqgan.ENDING_SIGNALS:
+            after.callback(signal.signal, number, signal.getsignal(number))
+        yield
+
 def call(script, *argv):
     """Runs a script's main() in this process."""
-    handlers = {number: signal.getsignal(number) for number in fqgan.ENDING_SIGNALS}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
-        try:
-            script.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    with command_line(script, *argv):
+        script.main()
+
+def call_cli(script, *argv):
+    """As a process of its own would run it: mistakes become one line."""
+    with command_line(script, *argv):
+        fqgan.cli(script.main)
 
 SHELL = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -86,12 +91,10 @@ def shell_words(ranks, *argv):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher, *map(str, argv)]
 
-def shell(*argv, ranks=0, check=True, env=SHELL):
+def shell(*argv, ranks=0, env=SHELL):
     """Runs a script as a person would, in a process of its own, or in one for each rank."""
     words = shell_words(ranks, *argv)
-    told = subprocess.run(words, cwd=HERE, text=True, capture_output=True, timeout=240, env=env)
-    assert not check or told.returncode == 0, told.stderr
-    return told
+    return subprocess.run(words, cwd=HERE, text=True, capture_output=True, timeout=240, env=env)
 
 @contextlib.contextmanager
 def refused(message):
@@ -129,9 +132,18 @@ def same_weights(a, b):
     """Of two modules."""
     return same(dict(a.state_dict()), dict(b.state_dict()))
 
-def nearly_same(a, b, atol=2e-5):
-    """Of two dicts of tensors."""
-    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=atol) for name in a)
+def assert_close(a, b, atol=2e-5):
+    """Of tensors, and of dicts of them."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
+
+def all_finite(state):
+    """Of a dict of tensors."""
+    finite = [tensor.isfinite().all() for tensor in state.values()]
+    return all(finite)
+
+def contents(folder):
+    """name -> bytes"""
+    return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 def uniform(*shape):
     """Random numbers in [-1, 1], as images are."""
@@ -166,56 +178,55 @@ def make_folder(root, classes=2, each=60, size=(20, 24)):
         save_noise(root / f"class {label}", each, size, seed=label)
     return root
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """The models are small: threads would only wait for each other."""
-    torch.set_num_threads(1)
-
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
     """Nothing is in torch.hub's cache, and nothing can be downloaded."""
-    def fail(*_, **__):
-        raise OSError("no route to host")
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=OSError("no route to host")))
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with the tokenizer and the GPT that the two scripts make of `shapes` in a few steps."""
-    import train_gpt
-    import train_tokenizer
-
+    """A folder with the tokenizer and the GPT that the two scripts make of the first `shapes` in a few steps."""
     out = tmp_path_factory.mktemp("trained")
-    call(train_tokenizer, "--k", 2, "--out", out, *TINY_RUN)
-    call(train_gpt, "--out", out, *TINY_GPT_RUN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fqgan.Shapes, "__len__", lambda shapes: 2000 if shapes.train else 200)
+        call(train_tokenizer, "--k", 2, "--out", out, *TINY_RUN)
+        call(train_gpt, "--out", out, *TINY_GPT_RUN)
     return out
+
+@pytest.fixture(scope="session")
+def own_network(tmp_path_factory):
+    """A network's file, as --teachers and --features take it: images of 16x16 -> 48 features."""
+    path = tmp_path_factory.mktemp("network") / "own.pt2"
+    any_batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(Pooled(), (torch.zeros(3, 3, 16, 16),), dynamic_shapes=any_batch)
+    torch.export.save(program, path)
+    return path
 
 # -----------------------------------------------------------------------------
 # Tokenizer
 
 def test_vectors_of_flat_images_are_exact():
     """With channels last, GroupNorm is off by 1e-4 on images of one color: enough to find other codes."""
-    model = small_tokenizer(k=2, image_size=32, patch_size=1, channel_mult=(1, 2, 4), adapter_width=64)
+    options = dict(k=2, image_size=32, patch_size=1, channel_mult=(1, 2, 4), adapter_width=64)
     images = torch.tensor([1.0, -0.5]).view(2, 1, 1, 1).expand(2, 3, 32, 32)
     with torch.no_grad():
-        exact = copy.deepcopy(model).double().encode_vectors(images.double())
-        for a, b in zip(model.encode_vectors(images), exact):
-            assert (a - b).abs().max() < 1e-5
+        found = small_tokenizer(**options).encode_vectors(images)
+        exact = small_tokenizer(**options).double().encode_vectors(images.double())
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(found, exact))
 
 @pytest.fixture(params=[(1, 4), (2, 8), (3, 16), (5, 4)], ids=str)
 def tokenizer(request):
     """Of any k and downsample, of 16 codes, on images of 32 pixels."""
     k, downsample = request.param
-    torch.manual_seed(0)
-    return FQGAN(FQGANConfig(k=k, downsample=downsample, image_size=32, channels=32, res_blocks=1, z_channels=32,
-                             codebook_size=16, adapter_depth=1, adapter_width=64, adapter_heads=2))
+    return small_tokenizer(k=k, downsample=downsample, image_size=32, patch_size=1, channel_mult=(),
+                           codebook_size=16, codebook_dim=8, adapter_width=64)
 
 def test_tokenizer_trains_every_weight(tokenizer):
     images = images_like(tokenizer.config)
     reconstruction, losses = tokenizer.train()(images)
     assert reconstruction.shape == images.shape
-    assert {"codebook", "commit", "entropy", "disentangle"} <= set(losses)
+    assert losses.keys() == {"codebook", "commit", "entropy", "disentangle", "reconstruct"}
     assert all(loss.ndim == 0 for loss in losses.values())
     sum(losses.values()).backward()
     assert not [name for name, p in tokenizer.named_parameters() if p.grad is None]
@@ -224,11 +235,14 @@ def test_tokenizer_encodes_and_decodes(tokenizer):
     images = images_like(tokenizer.config)
     k = tokenizer.config.k
     grid = 32 // tokenizer.config.downsample
-    ids = tokenizer.eval().encode(images)
+    ids = tokenizer.encode(images)
     assert ids.shape == (2, k, grid, grid) and ids.dtype == torch.int64
     assert 0 <= ids.min() and ids.max() < 16
     whole = tokenizer.decode(ids)
     assert torch.allclose(whole, tokenizer(images)[0], atol=1e-4), "forward in eval mode is encode, then decode"
+    tokenizer.encode(-images)
+    for i, branch in enumerate(tokenizer.branches):
+        assert torch.equal(branch.quantizer.last_ids, ids[:, i]), "training counts them, and not those of an evaluation"
     assert torch.equal(tokenizer.decode(ids, only=range(k)), whole)
     first = tokenizer.decode(ids, only=[0])
     others = torch.cat([ids[:, :1], (ids[:, 1:] + 1) % 16], 1)
@@ -237,29 +251,27 @@ def test_tokenizer_encodes_and_decodes(tokenizer):
     with refused(rf"shape \(2, {k + 1}, {grid}, {grid}\), expected \(B, {k}, h, w\)"):
         tokenizer.decode(torch.cat([ids, ids[:, :1]], 1))
 
+@torch.no_grad()
 def test_losses_are_summed_over_sub_codebooks_with_their_weights(tokenizer):
     options = dict(commit_weight=0.3, entropy_weight=0.2, entropy_temperature=0.5)
-    weighted = FQGAN(dataclasses.replace(tokenizer.config, disentangle_weight=0.7, **options))
-    weighted.load_state_dict(tokenizer.state_dict())
-    images = images_like(tokenizer.config)
-    expected = dict.fromkeys(("codebook", "commit", "entropy"), 0)
+    model = FQGAN(dataclasses.replace(tokenizer.config, disentangle_weight=0.7, **options)).eval()
+    images = images_like(model.config)
+    reconstruction, losses = model(images)
+    expected = {"reconstruct": F.mse_loss(reconstruction, images), "codebook": 0, "commit": 0, "entropy": 0}
     chosen = []
-    with torch.no_grad():
-        reconstruction, losses = weighted.eval()(images)
-        for branch, z in zip(tokenizer.branches, tokenizer.eval().encode_vectors(images)):
-            quantizer = Quantizer(16, 8, **options)
-            quantizer.load_state_dict(branch.quantizer.state_dict())
-            z_q, _, each = quantizer(z)
-            chosen.append(z_q)
-            for name in expected:
-                expected[name] += each[name]
+    for branch, z in zip(model.branches, model.encode_vectors(images)):
+        quantizer = Quantizer(16, 8, **options)
+        quantizer.load_state_dict(branch.quantizer.state_dict())
+        z_q, _, each = quantizer(z)
+        chosen.append(z_q)
+        for name, loss in each.items():
+            expected[name] += loss
     expected["disentangle"] = 0.7 * disentangle_loss(chosen)
-    expected["reconstruct"] = F.mse_loss(reconstruction, images)
-    assert nearly_same(losses, expected, atol=1e-6)
+    assert_close(losses, expected, atol=1e-6)
 
-def test_published_widths_are_the_default():
-    widths = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
-    assert {d: FQGANConfig(downsample=d).channel_mult for d in widths} == widths
+@pytest.mark.parametrize("mult", [(1, 2, 4), (1, 2, 2, 4), (1, 1, 2, 2, 4), (1, 1, 1, 2, 2, 4)])
+def test_published_widths_are_the_default(mult):
+    assert FQGANConfig(downsample=2 ** (len(mult) - 1)).channel_mult == mult
 
 def test_without_adapters_any_size_is_taken():
     model = small_tokenizer(k=1, adapter_depth=0)
@@ -276,16 +288,17 @@ def plain_entropy(distance, temperature):
     return -(p * p.log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
 
 def test_quantizer_against_its_definition():
+    """The entropy, of so many codes, is computed for 16 vectors at a time."""
     torch.manual_seed(0)
-    quantizer = Quantizer(50, 6, commit_weight=0.3, entropy_weight=0.05, entropy_temperature=0.1)
-    quantizer.codebook.data *= torch.rand(50, 1) + 0.5  # stored codes are of any length
+    quantizer = Quantizer(2**14, 6, commit_weight=0.3, entropy_weight=0.05, entropy_temperature=0.1)
+    quantizer.codebook.data *= torch.rand(2**14, 1) + 0.5  # stored codes are of any length
     quantizer.double()
-    z = (3 * torch.randn(2, 6, 3, 4)).double().requires_grad_()
+    z = (3 * torch.randn(2, 6, 5, 10)).double().requires_grad_()
     z_q, ids, losses = quantizer(z)
 
     flat = F.normalize(z.permute(0, 2, 3, 1).reshape(-1, 6), dim=1)
     codes = F.normalize(quantizer.codebook, dim=1)
-    distance = (flat[:, None] - codes[None]).square().sum(-1)
+    distance = torch.cdist(flat, codes).square()
     nearest = codes[distance.argmin(1)]
     assert torch.equal(ids.flatten(), distance.argmin(1))
     assert torch.allclose(z_q.permute(0, 2, 3, 1).reshape(-1, 6).double(), nearest, atol=1e-6)
@@ -298,25 +311,23 @@ def test_quantizer_against_its_definition():
             ours, = torch.autograd.grad(losses[name], leaf, retain_graph=True, allow_unused=True)
             plain, = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)
             assert (ours is None) == (plain is None), f"{name} must move what its formula moves, and nothing else"
-            assert ours is None or torch.allclose(ours, plain, rtol=1e-3, atol=1e-7), name
+            assert ours is None or (ours - plain).norm() < 1e-3 * plain.norm(), name
 
     pull = torch.randn_like(z_q)  # straight-through: the gradient at z_q is that at the normalized z
     ours, = torch.autograd.grad((z_q * pull).sum(), z, retain_graph=True)
     plain, = torch.autograd.grad((F.normalize(z, dim=1) * pull).sum(), z)
     assert torch.allclose(ours, plain.to(ours.dtype), atol=1e-6)
 
-def test_entropy_in_chunks_is_the_plain_entropy():
-    torch.manual_seed(0)
-    leaves = [torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (100, 2**14)]  # in chunks of 16
-    z, codes = (F.normalize(leaf, dim=1) for leaf in leaves)
-    distance = torch.cdist(z, codes).square()
-    loss, ids = entropy_loss(z, codes, 0.05)
-    plain = plain_entropy(distance, 0.05)
-    assert torch.allclose(loss, plain)
-    assert torch.equal(ids, distance.argmin(1)) and torch.equal(fqgan.nearest_codes(z, codes), ids)
-    gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for a, b in zip(gradients, torch.autograd.grad(plain, leaves)):
-        assert torch.allclose(a, b, atol=1e-9)
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 0), (torch.bfloat16, 0.02)])
+def test_group_norm_keeps_the_type_of_its_maps(dtype, atol):
+    """Autocast would make bfloat16 maps float32 on a GPU: a quarter more to keep for the backward pass."""
+    norm = fqgan.GroupNorm(64, FQGANConfig())
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(2, 64, 5, 5).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == dtype
+    assert torch.allclose(y.float(), F.group_norm(x.float(), 32, norm.weight, norm.bias, 1e-6), atol=atol)
 
 def test_codes_are_searched_in_float32_under_autocast():
     """In bfloat16 one vector in fifteen finds another code: a GPT would learn wrong tokens."""
@@ -334,40 +345,22 @@ def test_codes_are_searched_in_float32_under_autocast():
     rounded = (vectors.bfloat16() @ codes.bfloat16().T).argmax(1)
     assert (rounded != ids.flatten()).any()
 
-def test_last_ids_are_those_of_training():
-    """Training counts them: codes met in an evaluation would count as used."""
-    model = small_tokenizer(k=2)
-    images = images_like(model.config, 3)
-    with torch.no_grad():
-        model.train()(images)
-        ids = model.eval().encode(images)
-        model.encode(images_like(model.config))
-    for i, branch in enumerate(model.branches):
-        assert torch.equal(branch.quantizer.last_ids, ids[:, i])
-
 def test_disentangle_loss():
-    x = torch.tensor([1.0, 0, 0, 0]).view(1, 4, 1, 1).expand(2, 4, 3, 3)
-    y = torch.tensor([0, 2.0, 0, 0]).view(1, 4, 1, 1).expand(2, 4, 3, 3)
-    assert disentangle_loss([x]) == 0 and disentangle_loss([x, y]) == 0
-    assert disentangle_loss([x, x]) == 1 and disentangle_loss([x, -x]) == 1, "squared: opposite is not orthogonal"
-    assert math.isclose(disentangle_loss([x, y, x]), 1 / 3, rel_tol=1e-6)
-    chosen = [torch.randn(2, 5, 3, 3, dtype=torch.double) for _ in range(4)]
+    """Squared: opposite is not orthogonal."""
+    chosen = torch.randn(4, 2, 5, 3, 3, dtype=torch.double)
     squares = [F.cosine_similarity(a, b, dim=1).square() for a, b in itertools.combinations(chosen, 2)]
     assert math.isclose(disentangle_loss(chosen), torch.stack(squares).mean(), rel_tol=1e-5)
+    assert disentangle_loss(chosen[:1]) == 0
 
 def test_decorrelation_loss():
-    """Of linearly related codes 1, also where they are orthogonal; of codes drawn apart near 0; as CKA is defined."""
-    x, y = torch.randn(2, 20, 4, 10, 10)
+    """As CKA is defined: of linearly related codes 1, also where they are orthogonal."""
+    x, y = torch.randn(2, 5, 4, 10, 10) + 1
     x[:, 2:] = 0
-    turned = x.flip(1)
-    assert disentangle_loss([x, turned]) == 0 and math.isclose(fqgan.decorrelation_loss([x, turned]), 1, rel_tol=1e-4)
-    assert fqgan.decorrelation_loss([x, y]) < 0.02
-    a, b = [fqgan.to_vectors(codes).double() for codes in (x + y, y)]
-    center = torch.eye(len(a), dtype=torch.double) - 1 / len(a)
-    gram_a, gram_b = [center @ v @ v.T @ center for v in (a, b)]
-    expected = (gram_a * gram_b).sum() / (gram_a.norm() * gram_b.norm())
-    assert math.isclose(fqgan.decorrelation_loss([x + y, y]), expected, rel_tol=1e-4)
-    assert fqgan.decorrelation_loss([x, y, x]) > 1 / 3
+    assert math.isclose(fqgan.decorrelation_loss([x, x.flip(1)]), 1, rel_tol=1e-4)
+    vectors = [fqgan.to_vectors(z).double() for z in (x + y, y, x)]
+    grams = [(v - v.mean(0)) @ (v - v.mean(0)).T for v in vectors]
+    cka = [(a * b).sum() / (a.norm() * b.norm()) for a, b in itertools.combinations(grams, 2)]
+    assert math.isclose(fqgan.decorrelation_loss([x + y, y, x]), sum(cka) / 3, rel_tol=1e-4)
 
     model = small_tokenizer(k=2, decorrelate_weight=0.5).train()
     losses = model(images_like(model.config))[1]
@@ -404,20 +397,6 @@ def test_adversary():
     loss = fqgan.hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))
     assert loss == 0.5 * ((0 + 1) / 2 + (0 + 2) / 2)
 
-def test_overfits_one_batch():
-    model = small_tokenizer(k=2).train()
-    shapes = load_data("shapes", 16, True)
-    images = torch.stack([shapes[i][0] for i in range(4)])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    history = []
-    for _ in range(150):
-        losses = model(images)[1]
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        history.append(losses["reconstruct"].item())
-    assert history[-1] < 0.05 * history[0]
-
 @pytest.mark.parametrize("config, options, message", [
     (FQGANConfig, dict(k=0), "k is 0"),
     (FQGANConfig, dict(image_size=250), "250 is not divisible by downsample 16: 240 is"),
@@ -430,24 +409,23 @@ def test_overfits_one_batch():
     (GPTConfig, dict(n_embd=100), "multiple of 4 x n_head"),
     (GPTConfig, dict(dropout=1.0), "must be below 1"),
     (GPTConfig, dict(k=3, grid=1), "k=3 codes are more than"),
+    (GPTConfig, dict(grid=1000), "at most 256"),
 ])
 def test_config_refuses(config, options, message):
     with refused(message):
         config(**options)
 
 def test_recomputing_changes_nothing(monkeypatch):
-    calls = []
-    plain = fqgan.checkpoint
-    monkeypatch.setattr(fqgan, "checkpoint", lambda *args, **options: calls.append(args) or plain(*args, **options))
+    recomputed = Mock(side_effect=fqgan.checkpoint)
+    monkeypatch.setattr(fqgan, "checkpoint", recomputed)
     gradients = []
     for recompute in (False, True):
         model = small_tokenizer(k=3, recompute=recompute).train()
-        torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = sum(model(images_like(model.config))[1].values())
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-        assert bool(calls) == recompute
+        assert recomputed.called == recompute
     assert same(*gradients)
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.compile, about checkpointing
@@ -462,52 +440,45 @@ def test_models_compile_as_one_graph(name):
         arguments = [images_like(model.config)]
     plain = model.train()(*arguments)[1]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(*arguments)[1]
-    if name == "gpt":
-        plain = {"loss": plain}
-        compiled = {"loss": compiled}
-    assert nearly_same(plain, compiled)
-    sum(compiled.values()).backward()
+    assert_close(compiled, plain)
+    loss = compiled if name == "gpt" else sum(compiled.values())
+    loss.backward()
 
 def test_no_image_changes_sides(tmp_path):
     """With one file more, all held-out images were among those that a run had been trained on."""
     def parts():
-        train, held_out = [load_data(tmp_path, 16, part) for part in (True, False)]
-        names = [{path for path, _ in data.source.samples} for data in (train, held_out)]
-        assert not names[0] & names[1]
-        return names
+        train, held_out = [{path for path, _ in data.source.samples} for data in fqgan.load_train_and_held_out(tmp_path, 16)]
+        assert not train & held_out
+        return train, held_out
 
     make_folder(tmp_path, each=100)
     train, held_out = parts()
     assert len(train | held_out) == 200 and 8 <= len(held_out) <= 32
     save_noise(tmp_path / "another class", 50)
-    (tmp_path / "class 0" / "000.png").unlink()
-    (tmp_path / "class 1" / "a first one.png").write_bytes((tmp_path / "class 1" / "000.png").read_bytes())
+    (tmp_path / "class 0" / "000.png").rename(tmp_path / "class 1" / "a first one.png")
     new_train, new_held_out = parts()
     assert not train & new_held_out and not held_out & new_train and len(new_train | new_held_out) == 250
 
 def test_a_few_images_that_hold_none_out(tmp_path):
     """Evaluated on what it is trained on, and so said."""
     names = [name for name in map("{:03d}.png".format, range(30)) if not fqgan.held_out_by_name(name)]
-    train, held_out = [load_data(tree(tmp_path, *names[:4]), 8, part) for part in (True, False)]
+    train, held_out = fqgan.load_train_and_held_out(tree(tmp_path, *names[:4]), 8)
     assert len(train) == len(held_out) == 4 and "too few to hold any out" in held_out.description
 
 def test_names_are_composed(tmp_path):
     """macOS writes an accent as a letter of its own: such a class could not be asked for, and was in other parts."""
     typed = "caf\u00e9"
     stored = "cafe\u0301"
-    save_noise(tmp_path / stored, 3)
-    save_noise(tmp_path / "the", 3)
-    assert load_data(tmp_path, 8, True).classes == [typed, "the"]
-    for name in (typed, stored):
-        assert sample.class_indices(name, [typed, "the"]) == [0]
-    assert len({fqgan.held_out_by_name(f"{name}/{i}") == fqgan.held_out_by_name(f"{typed}/{i}")
-                for i in range(99) for name in (typed, stored)}) == 1
+    assert load_data(tree(tmp_path, f"{stored}/a.png", "the/a.png"), 8, True).classes == [typed, "the"]
+    assert sample.class_indices(f"{typed},{stored}", [typed, "the"]) == [0, 0]
+    for i in range(99):
+        assert fqgan.held_out_by_name(f"{typed}/{i}") == fqgan.held_out_by_name(f"{stored}/{i}")
 
 # -----------------------------------------------------------------------------
 # Data
 
 def test_shapes():
-    train, held_out = (load_data("shapes", 32, part) for part in (True, False))
+    train, held_out = fqgan.load_train_and_held_out("shapes", 32)
     assert (len(train), len(held_out)) == (20_000, 2_000)
     image, label = train[13]
     assert image.shape == (3, 32, 32) and image.min() >= -1 and image.max() <= 1 and image.dtype == torch.float32
@@ -516,8 +487,8 @@ def test_shapes():
     seen = {train[i][0].numpy().tobytes() for i in range(1000)}
     others = {held_out[i][0].numpy().tobytes() for i in range(300)}
     assert len(seen) == 1000 and not seen & others
-    small, large = (load_data("shapes", size, True)[3][0] for size in (32, 64))
-    difference = F.avg_pool2d(small, 4) - F.avg_pool2d(large, 8)
+    large, _ = load_data("shapes", 64, True)[13]
+    difference = F.avg_pool2d(image, 4) - F.avg_pool2d(large, 8)
     assert difference.abs().max() < 0.1, "rendered at another size it is the same figure"
     with pytest.raises(IndexError):
         train[len(train)]
@@ -570,14 +541,6 @@ def test_exif_orientation(tags, is_turned, tmp_path):
     with Image.open(tmp_path / "turned.jpg") as opened:
         assert fqgan.to_rgb(opened).size == ((40, 20) if is_turned else (20, 40))
 
-@pytest.mark.parametrize("names", [("train", "val"), ("Training", "validation"), ("TRAIN", "Test"), ("train", "valid")])
-def test_train_and_test_folders_are_the_parts(names, tmp_path):
-    """They were two classes, and the test images were trained on."""
-    for name, each in zip(names, (5, 3)):
-        make_folder(tmp_path / name, each=each)
-    train, held_out = (load_data(tmp_path, 8, part) for part in (True, False))
-    assert (len(train), len(held_out)) == (10, 6) and train.classes == held_out.classes == ["class 0", "class 1"]
-
 TINY_PNG = io.BytesIO()
 Image.new("RGB", (8, 8)).save(TINY_PNG, "png")
 
@@ -601,32 +564,30 @@ def tree(root, *names):
 ])
 def test_folders_that_cannot_be_used(names, message, tmp_path):
     with refused(message):
-        fqgan.data_parts(tree(tmp_path, *names), 8)
-
-@pytest.mark.parametrize("name, message", [
-    ("file.txt", "is a file"), ("missing", "no such folder"), ("~nobody's/x", "no such folder")])
-def test_no_data(name, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tree(tmp_path, "file.txt"))
-    with refused(message):
-        load_data(name, 8, True)
+        fqgan.load_train_and_held_out(tree(tmp_path, *names), 8)
 
 SYSTEM = ["lost+found/", ".thumbnails/a.png", "__MACOSX/._a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png"]
 
-@pytest.mark.parametrize("names, classes, size, said", [
+@pytest.mark.parametrize("parts, names, classes, size, said", [
     # a folder without images is no class: samples of it were generated and measured
-    (["cat/a.png", "cat/._a.png", "dog/a.png", "dog/@eaDir/a/b.png", "other/notes.txt", *SYSTEM],
+    (["train", "val"], ["cat/a.png", "cat/._a.png", "dog/a.png", "dog/@eaDir/a/b.png", "other/notes.txt", *SYSTEM],
      ["cat", "dog"], 2, "2 images of 2 classes"),
-    (["a.png", "b.png", "c.heic", "d.txt", *SYSTEM], None, 2, "without 2 other files: 2 images of 1 classes"),
-    (["cat/deep/er/a.png", "cat/b.png", "cat/c.txt", "dog/deep/a.png"], ["cat", "dog"], 3, "1 other files: 3 images"),
+    (["TRAIN", "Test"], ["a.png", "b.png", "c.heic", "d.txt", *SYSTEM],
+     None, 2, "without 2 other files: 2 images of 1 classes"),
+    (["Training", "validation"], ["cat/deep/er/a.png", "cat/b.png", "cat/c.txt", "dog/deep/a.png"],
+     ["cat", "dog"], 3, "1 other files: 3 images"),
     # trained on the two images of an inner folder, without a word of the others
-    (["inner/a.png", "inner/b.png", "1.png", "2.png", "3.png"], ["inner"], 2, "without 3 other files: 2 images"),
+    (["train", "valid"], ["inner/a.png", "inner/b.png", "1.png", "2.png", "3.png"],
+     ["inner"], 2, "without 3 other files: 2 images"),
 ])
-def test_what_is_taken_and_what_is_said(names, classes, size, said, tmp_path):
-    for part in ("train", "val"):
+def test_what_is_taken_and_what_is_said(parts, names, classes, size, said, tmp_path):
+    """Two folders of such names are the parts: they were two classes, and the test images were trained on."""
+    for part in parts:
         tree(tmp_path / part, *names)
-    data = load_data(tmp_path, 8, True)
-    assert data.classes == (classes or ["train"]) and len(data) == size
-    assert re.search(said, data.description)
+    for part, data in zip(parts, fqgan.load_train_and_held_out(tmp_path, 8)):
+        assert data.classes == (classes or [part]) and len(data) == size
+        assert re.search(f"/{part}, .*{said}", data.description)
+        assert all(f"/{part}/" in path for path, _ in data.source.samples)
 
 def test_links(tmp_path):
     """A class folder may be a link; a link to a folder above is a cycle, and two cycles took for ever."""
@@ -643,10 +604,9 @@ def test_16_bit_images_of_12_bits_are_said(tmp_path):
     """Cameras and scanners write 12 bits into 16: all pixels were nearly black, without a word."""
     for bits, name in itertools.product((12, 16), ("a.png", "a.tiff", "a.pgm")):
         values = np.random.default_rng(0).integers(0, 2**bits, (8, 8), dtype=np.uint16)
-        folder = tmp_path / f"{bits} {name}"
-        folder.mkdir()
-        Image.fromarray(values).save(folder / name)
-        assert ("dark 16-bit images" in load_data(folder, 8, True).description) == (bits == 12)
+        path = tree(tmp_path / f"{bits} {name}", name) / name
+        Image.fromarray(values).save(path)
+        assert ("dark 16-bit images" in load_data(path.parent, 8, True).description) == (bits == 12)
 
 ROWS, COLUMNS = np.indices((100, 200), dtype=np.uint8)
 PLANE = Image.fromarray(np.stack([COLUMNS, ROWS, 0 * ROWS], 2))  # red tells a pixel's column, green its row
@@ -688,23 +648,23 @@ def test_random_crops_are_anywhere():
     assert np.ptp(small[:, :, 0]) > 170, "a small image is not enlarged: nothing is learned from blur"
 
 def test_images_are_resized_as_adm_does_it():
-    """Halved by box averages; of a strip, which scaled whole would have 960,000 x 16 pixels, the middle is taken."""
+    """Halved by box averages, then bicubic."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
     expected = np.float32(noise.reduce(2).reduce(2))
     for resize in (fqgan.resize_shorter, fqgan.center_crop):
         assert np.allclose(np.float32(resize(noise, 50)), expected, atol=2)
-    for size in ((1, 60_000), (60_000, 1), (3, 100)):
-        strip = Image.new("RGB", size)
-        assert fqgan.center_crop(strip, 16).size == (16, 16)
-        assert fqgan.random_crop(strip, 16, random.Random(0)).size == (16, 16)
+    strip = Image.new("RGB", (3, 100))
+    assert fqgan.center_crop(strip, 16).size == (16, 16)
+    assert fqgan.random_crop(strip, 16, random.Random(0)).size == (16, 16)
 
 def test_training_crops_are_drawn_and_repeatable(tmp_path):
     """From the seed and the place in training alone; what is held out is seen by its center."""
-    data = load_data(make_folder(tmp_path, each=2), 16, True)
-    items = train_tokenizer.TrainingItems(data)
-    assert torch.equal(items[fqgan.Draw(1, "0 7")][0], items[fqgan.Draw(1, "0 7")][0])
-    crops = [items[fqgan.Draw(1, f"0 {place}")][0].numpy().tobytes() for place in range(9)]
-    assert len(set(crops)) > 5, "an image is cropped otherwise in each epoch"
+    items = train_tokenizer.TrainingItems(load_data(make_folder(tmp_path, each=2), 16, True))
+
+    def crop(place):
+        return items[fqgan.Draw(1, f"0 {place}")][0].numpy().tobytes()
+
+    assert crop(7) == crop(7) and len(set(map(crop, range(9)))) > 5, "an image is cropped otherwise in each epoch"
     shapes = load_data("shapes", 16, True)
     assert torch.equal(train_tokenizer.TrainingItems(shapes)[fqgan.Draw(3, "0 0")][0], shapes[3][0])
 
@@ -733,22 +693,14 @@ def test_the_1_percent_is_of_the_whole_data_set(tmp_path):
     assert len(list(map(held_out.__getitem__, range(len(held_out))))) > 9 and held_out.failed.sum() == 2
 
 def test_cifar(monkeypatch):
-    class Made:
-        classes = ["first", "second"]
+    def made(root, train, download):
+        assert download
+        return fqgan.Shapes(16, train)
 
-        def __init__(self, root, train, download):
-            self.asked = (train, download)
-
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            return Image.new("RGB", (20, 20)), index % 2
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Made)
-    train, held_out = (load_data("cifar100", 16, part) for part in (True, False))
-    assert [train.source.asked, held_out.source.asked] == [(True, True), (False, True)]
-    assert train.classes == ["first", "second"] and train[1][1] == 1
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", made)
+    train, held_out = fqgan.load_train_and_held_out("cifar100", 16)
+    assert train.source.train and not held_out.source.train
+    assert train.classes == fqgan.Shapes.classes and train[1][1] == 1 and train.augment
 
 def test_a_large_text_chunk_is_the_reason(tmp_path, capsys):
     """Pillow refuses such a PNG for a limit of its own: the image is not damaged."""
@@ -810,42 +762,12 @@ def test_gpt_loss_is_the_mean_cross_entropy():
     model = small_gpt(dropout=0.0, label_dropout=0.0)
     ids, labels = random_batch(model)
     logits, loss = model(ids, labels)
-    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    chosen = p.gather(-1, ids.flatten(2)[..., None])
+    chosen = logits.softmax(-1).gather(-1, ids.flatten(2)[..., None])
     expected = -chosen.log().mean()
     trained = model.train()(ids, labels)[1]
     assert torch.allclose(loss, expected, rtol=1e-5) and torch.allclose(trained, expected, rtol=1e-5)
-    parameters = [*model.parameters()]
-    gradients = torch.autograd.grad(trained, parameters)
-    for ours, plain in zip(gradients, torch.autograd.grad(expected, parameters)):
-        assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-4)
-
-@pytest.mark.parametrize("k, head_layers", [(1, 0), (1, 2), (2, 2), (3, 2), (3, 0)])
-def test_gpt_is_causal(k, head_layers):
-    """A changed code changes later logits, none before it, nor its own; without a head, none of its position."""
-    model = small_gpt(k, head_layers=head_layers)
-    ids, labels = random_batch(model, 1)
-    before = model(ids, labels)[0]
-    for i, p in itertools.product(range(k), (0, 4, 7)):
-        changed = ids.clone()
-        changed[0, i].view(-1)[p] += 1
-        moved = (model(changed % 11, labels)[0] - before).abs().amax(-1)[0] > 1e-6  # (k, positions)
-        assert not moved[:, :p].any() and not moved[:i + 1, p].any()
-        assert moved[:, p + 1].all() and (moved[i + 1:, p] == (head_layers > 0)).all()
-
-def test_rotary_table():
-    """Row half, column half, and a class token without query and key."""
-    table = fqgan.rotary_table(4, 8)
-    assert table.shape == (2, 17, 8) and not table[:, 0].any()
-    x = torch.randn(1, 1, 1, 8)
-    row, column = 2, 3
-    position = 1 + row * 4 + column
-    turned = fqgan.rotate(x, table[:, position:position + 1]).flatten()
-    for pair, angle in enumerate([row * 1.0, row * 10000 ** -0.5, column * 1.0, column * 10000 ** -0.5]):
-        a, b = x.flatten()[2 * pair:2 * pair + 2]
-        assert math.isclose(turned[2 * pair], a * math.cos(angle) - b * math.sin(angle), abs_tol=1e-6)
-        assert math.isclose(turned[2 * pair + 1], b * math.cos(angle) + a * math.sin(angle), abs_tol=1e-6)
-    assert not fqgan.rotate(x, table[:, :1]).any()
+    gradients = [torch.autograd.grad(each, [*model.parameters()]) for each in (trained, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 def test_null_class_replaces_labels_in_training():
     model = small_gpt(label_dropout=0.5)
@@ -927,11 +849,6 @@ def test_sampling_parameters_of_each_code(cfg_scale):
     plain = uncached(model, labels, *parameters, seeded(1))
     assert torch.equal(model.generate(labels, *parameters, generator=seeded(1)), plain)
 
-def test_scale_0_is_the_unconditional_model():
-    model = small_gpt(2)
-    ids = model.generate(torch.arange(5), 0, generator=seeded(1))
-    assert torch.equal(ids, model.generate(torch.full((5,), 5), generator=seeded(1)))
-
 def test_greedy_sampling():
     model = small_gpt(3, dropout=0.5)
     labels = torch.arange(5)
@@ -947,7 +864,7 @@ def test_greedy_sampling():
     dict(labels=torch.tensor([6])), dict(labels=torch.tensor([-1]))])
 def test_sampling_parameters_out_of_range(options):
     name, = options
-    with refused("labels run from (6|-1)" if name == "labels" else name):
+    with refused("labels must be from 0 to 5" if name == "labels" else name):
         small_gpt(3).generate(**dict(labels=torch.tensor([1])) | options)
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -991,28 +908,19 @@ def test_exactly_k_codes_stay_with_equal_logits(top_k):
 # -----------------------------------------------------------------------------
 # Our checkpoints
 
-def save_small(folder, k=2):
-    """tokenizer.pt and gpt.pt as the training scripts write them, of random weights -> (tokenizer, GPT)"""
+def save_small(folder, k=2, data="shapes"):
+    """tokenizer.pt and gpt.pt as the training scripts write them, of random weights"""
     tokenizer = small_tokenizer(k=k)
     gpt = small_gpt(k, vocab_size=32, num_classes=3, grid=4)
     inner = dict(kind="tokenizer", config=dataclasses.asdict(tokenizer.config), model=tokenizer.state_dict())
-    fqgan.save_checkpoint(folder / "tokenizer.pt", inner | dict(settings=dict(data="shapes"), step=4))
+    run = dict(settings=dict(data=data), step=4)
+    fqgan.save_checkpoint(folder / "tokenizer.pt", inner | run)
     state = dict(kind="gpt", config=dataclasses.asdict(gpt.config), model=gpt.state_dict())
-    fqgan.save_checkpoint(folder / "gpt.pt", state | dict(tokenizer=inner, classes=["a", "b", "star"]))
-    return tokenizer, gpt
+    fqgan.save_checkpoint(folder / "gpt.pt", state | run | dict(tokenizer=inner, classes=["a", "b", "star"]))
 
 def load_models(gpt, tokenizer=None):
     options = SimpleNamespace(gpt=gpt, tokenizer=tokenizer, dtype="float32", out="x.png", npz=None)
     return sample.load_models(options, torch.device("cpu"))
-
-def test_our_checkpoints(tmp_path):
-    tokenizer, gpt = save_small(tmp_path)
-    loaded = fqgan.load_tokenizer(tmp_path / "tokenizer.pt")
-    assert same_weights(loaded, tokenizer) and loaded.config == tokenizer.config and not loaded.training
-    assert same_weights(fqgan.load_gpt(tmp_path / "gpt.pt"), gpt)
-    loaded, inner, classes = load_models(tmp_path / "gpt.pt")
-    assert same_weights(loaded, gpt) and classes == ["a", "b", "star"]
-    assert same_weights(inner, tokenizer), "the GPT's checkpoint holds its tokenizer"
 
 def test_another_tokenizer_is_said(tmp_path, capsys):
     """Of the same shape, it paints other codes: a Frechet distance of 2.7 became 128."""
@@ -1033,34 +941,30 @@ ENDLESS = dict(teacher_widths=torch.zeros(1).expand(10**7, 10**6))
     (dict(config=ENDLESS), "no config of plain values"),
     (dict(config=None), "no config of plain values"),
     (dict(config=dict(adapter_depth=10**9)), "more blocks than it has weights"),
+    (dict(model=Hostile("touched")), "damaged"),
     (dict(kind="gpt"), "not a tokenizer checkpoint but a gpt's"),
-    (dict(kind=None), "not a tokenizer checkpoint; .* `python tools/convert.py .*x.pt tokenizer.pt`"),
+    (dict(kind=None), "not a tokenizer checkpoint; .* `python tools/convert.py x.pt tokenizer.pt`"),
 ])
-def test_checkpoints_that_cannot_be_used(change, message, tmp_path):
+def test_checkpoints_that_cannot_be_used(change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     save_small(tmp_path)
-    state = load(tmp_path / "tokenizer.pt")
+    state = load("tokenizer.pt")
     if change.get("config"):
         change = dict(config=state["config"] | change["config"])
-    torch.save(state | change, tmp_path / "x.pt")
+    torch.save(state | change, "x.pt")
     with refused(f"x.pt.* {message}"):
-        fqgan.load_tokenizer(tmp_path / "x.pt")
+        fqgan.load_tokenizer("x.pt")
+    assert not Path("touched").exists()
 
-@pytest.mark.parametrize("name, message", [
-    ("cut.pt", "damaged, cut off"), ("text.pt", "damaged"), ("hostile.pt", "damaged"),
-    ("list.pt", "list.pt is not a tokenizer checkpoint"), ("gpt.pt", "not a tokenizer checkpoint but a gpt's"),
-    ("missing.pt", "no tokenizer checkpoint at .*missing.pt: `python train_tokenizer.py` makes one")])
-def test_files_that_are_no_checkpoints(name, message, tmp_path):
-    save_small(tmp_path)
-    whole = (tmp_path / "tokenizer.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"kind": "tokenizer", "model": Hostile(tmp_path / "touched")}, tmp_path / "hostile.pt")
-    with refused(message):
-        fqgan.load_tokenizer(tmp_path / name)
-    assert not (tmp_path / "touched").exists()
-    with refused("not a gpt checkpoint but a tokenizer's"):
-        fqgan.load_gpt(tmp_path / "tokenizer.pt")
+def test_files_that_are_no_checkpoints(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save([1, 2], path)
+    with refused("x.pt is not a tokenizer checkpoint"):
+        fqgan.load_tokenizer(path)
+    for size in (path.stat().st_size // 2, 0):
+        os.truncate(path, size)
+        with refused("damaged, cut off"):
+            fqgan.load_tokenizer(path)
 
 def test_generators_that_do_not_fit(tmp_path):
     save_small(tmp_path, k=3)
@@ -1071,7 +975,7 @@ def test_generators_that_do_not_fit(tmp_path):
     inner = state["tokenizer"] | {"config": state["tokenizer"]["config"] | ENDLESS}
     for changed, tokenizer, message in [
         (state | dict(tokenizer=inner), None, "no config of plain values"),
-        (state | dict(config=state["config"] | dict(grid=1000)), None, "at most 256"),
+
         (bare, None, "holds no tokenizer: name it with --tokenizer"),
         (bare, tmp_path / "other.pt", "trained for k 2, the tokenizer has 3"),
     ]:
@@ -1080,11 +984,8 @@ def test_generators_that_do_not_fit(tmp_path):
             load_models(tmp_path / "gpt.pt", tokenizer)
 
 def test_writing_fails_with_the_last_checkpoint_intact(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     fqgan.save_checkpoint(tmp_path / "x.pt", {"step": 1})
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", Mock(side_effect=OSError(28, "No space left on device")))
     with refused("cannot write .*x.pt.* No space left"):
         fqgan.save_checkpoint(tmp_path / "x.pt", {"step": 2})
     assert load(tmp_path / "x.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
@@ -1096,28 +997,30 @@ class Pooled(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which OpenAI's files need
-def test_a_model_of_ones_own_as_teacher(tmp_path):
+def test_a_model_of_ones_own_as_teacher(tmp_path, own_network):
     """TorchScript and torch.export."""
     torch.jit.save(torch.jit.script(Pooled()), tmp_path / "own.pt")
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.export.export(Pooled(), (torch.zeros(3, 3, 16, 16),), dynamic_shapes=(batch,))
-    torch.export.save(program, tmp_path / "own.pt2")
     images = uniform(5, 3, 16, 16)
-    for name in ("own.pt", "own.pt2"):
-        teacher = fqgan.load_teacher(str(tmp_path / name))
-        assert torch.allclose(teacher(images), Pooled()(images))
+    for path in (tmp_path / "own.pt", own_network):
+        assert torch.allclose(fqgan.load_teacher(path)(images), Pooled()(images))
 
-def test_lpips_against_its_formula(tmp_path):
+@pytest.fixture(scope="session")
+def lpips_files(tmp_path_factory):
+    """Made-up weights of VGG-16 and of LPIPS, in their files' formats."""
+    folder = tmp_path_factory.mktemp("lpips")
     torch.manual_seed(0)
-    features = torchvision.models.vgg16(weights=None, init_weights=False).features
-    state = {f"features.{name}": t for name, t in features.state_dict().items()}
-    torch.save(state | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
-    compared = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}  # layer: channels
-    lin = {layer: torch.rand(1, channels, 1, 1) for layer, channels in compared.items()}
-    state = {f"lin{i}.model.1.weight": weight for i, weight in enumerate(lin.values())}
-    torch.save(state, tmp_path / "vgg.pth", _use_new_zipfile_serialization=False)
-    distance = fqgan.LPIPS(tmp_path / "vgg16.pth", tmp_path / "vgg.pth")
+    vgg = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    torch.save(vgg.state_dict(prefix="features.") | {"classifier.0.weight": torch.zeros(1)}, folder / "vgg16.pth")
+    channels = enumerate((64, 128, 256, 512, 512))
+    lin = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in channels}
+    torch.save(lin, folder / "vgg.pth", _use_new_zipfile_serialization=False)
+    return folder / "vgg16.pth", folder / "vgg.pth"
 
+def test_lpips_against_its_formula(lpips_files):
+    features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    torch.nn.ModuleDict({"features": features}).load_state_dict(load(lpips_files[0]), strict=False)
+    lin = iter(load(lpips_files[1]).values())
+    distance = fqgan.LPIPS(*lpips_files)
     images, others = uniform(2, 2, 3, 32, 32)
     mean = torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
     std = torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
@@ -1125,10 +1028,10 @@ def test_lpips_against_its_formula(tmp_path):
     expected = 0
     for i, layer in enumerate(features[:30]):
         x = layer(x)
-        if i in lin:
+        if i in (3, 8, 15, 22, 29):
             length = x.square().sum(1, keepdim=True).sqrt()
             a, b = (x / (length + 1e-10)).chunk(2)
-            weighted = (a - b).square() * lin[i]
+            weighted = (a - b).square() * next(lin)
             expected += weighted.sum(1).mean((1, 2))
     assert torch.allclose(distance(images, others), expected, rtol=1e-4)
     assert torch.equal(distance(images, images), torch.zeros(2))
@@ -1140,7 +1043,7 @@ def test_lpips_against_its_formula(tmp_path):
     distance(flat, others[:1]).sum().backward()
     assert flat.grad.isfinite().all()
     with refused("does not hold the weights that belong there"):
-        fqgan.LPIPS(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
+        fqgan.LPIPS(lpips_files[1], lpips_files[1])
 
 def test_random_features_against_their_formula():
     torch.manual_seed(1)
@@ -1149,25 +1052,20 @@ def test_random_features_against_their_formula():
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after), "the caller's random state is left alone"
     torch.manual_seed(2)
-    assert same(fqgan.RandomFeatures().state_dict(), distance.state_dict()), "always the same weights"
+    assert same_weights(fqgan.RandomFeatures(), distance), "always the same weights"
 
     images, others = uniform(2, 3, 3, 16, 16)
+    others.requires_grad_(True)
     expected = 0
-    x, y = images, others
+    maps = [images, others]
     for conv in distance.convs:
-        unit = []
-        for maps in (conv(x), conv(y)):
-            mean = maps.mean((0, 2, 3), keepdim=True)
-            deviation = maps.var((0, 2, 3), keepdim=True, correction=0).add(1e-5).sqrt()
-            maps = (maps - mean) / deviation
-            maps = torch.where(maps > 0, maps, 0.2 * maps)
-            unit.append(maps / maps.square().sum(1, keepdim=True).sqrt())
-            x, y = y, maps
-        expected += (unit[0] - unit[1]).square().sum(1).mean((1, 2))
+        for i, x in enumerate(map(conv, maps)):
+            deviation, mean = torch.std_mean(x, (0, 2, 3), correction=0, keepdim=True)
+            maps[i] = F.leaky_relu((x - mean) / (deviation.square() + 1e-5).sqrt(), 0.2)
+        a, b = [x / x.norm(dim=1, keepdim=True) for x in maps]
+        expected += (a - b).square().sum(1).mean((1, 2))
     assert torch.allclose(distance(images, others), expected, rtol=1e-3)
     assert torch.equal(distance(images, images), torch.zeros(3))
-
-    others.requires_grad_(True)
     distance(images, others).sum().backward()
     assert others.grad.isfinite().all() and others.grad.any()
     assert not any(p.requires_grad for p in distance.train().parameters())
@@ -1175,27 +1073,26 @@ def test_random_features_against_their_formula():
 def test_fetch(tmp_path, monkeypatch):
     """Once, checked; a copy that was damaged is fetched again; nothing partial stays."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    source = tmp_path / "v1" / "x.pth"
-    source.parent.mkdir()
-    source.write_bytes(b"weights")
-    url = source.as_uri()
+    source = tmp_path / "x.pth"
     digest = hashlib.sha256(b"weights").hexdigest()
-    path = fqgan.fetch(url, digest[:8])
+
+    def fetched(published, **options):
+        source.write_bytes(published)
+        return fqgan.cached_download(source.as_uri(), digest[:8], **options)
+
+    path = fetched(b"weights")
     assert path != source and path.read_bytes() == b"weights"
-    source.write_bytes(b"else")
-    assert fqgan.fetch(url, digest) == path and path.read_bytes() == b"weights", "not fetched again"
+    assert fetched(b"else") == path and path.read_bytes() == b"weights", "not fetched again"
     path.write_bytes(b"weig")
     with refused(f"invalid hash value.*put it at {path}"):
-        fqgan.fetch(url, digest)
-    source.write_bytes(b"weights")
-    assert fqgan.fetch(url, digest).read_bytes() == b"weights"
-    source.write_bytes(b"else")
+        fetched(b"else")
+    assert fetched(b"weights").read_bytes() == b"weights"
     path.unlink()
     with refused("invalid hash value"):
-        fqgan.fetch(url, digest)
+        fetched(b"else")
     assert not list(path.parent.iterdir())
-    with refused(f"no file at nowhere.pth; what belongs there is {url}"):
-        fqgan.fetch(url, digest, local="nowhere.pth")
+    with refused(f"no file at nowhere.pth; what belongs there is {source.as_uri()}"):
+        fetched(b"weights", local="nowhere.pth")
 
 # -----------------------------------------------------------------------------
 # Running: what the scripts share
@@ -1212,28 +1109,10 @@ def test_fetch(tmp_path, monkeypatch):
     (KeyboardInterrupt(), "130"),
 ])
 def test_a_failing_script_says_one_line(error, ending, monkeypatch):
-    def main():
-        raise error
-
     monkeypatch.setattr(sys, "argv", ["folder/x.py"])
     with pytest.raises(SystemExit) as stop:
-        fqgan.cli(main)
+        fqgan.cli(Mock(side_effect=error))
     assert re.fullmatch(ending, str(stop.value.code))
-
-def test_output_that_cannot_be_written_ends_no_run(monkeypatch):
-    """A closed pipe, as of `| head`, and a name that the terminal cannot print."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-        fqgan.print0("gone")
-        fqgan.print0("gone")
-    output = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii"))
-    fqgan.cli(lambda: fqgan.print0("\u2603"))
-    assert output.getvalue() == b"\\u2603\n"
-
-TORCHRUN = dict(LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
 
 def test_flags_are_those_given(monkeypatch):
     """Presets and checkpoints fill in the others: defaults among them would overrule these."""
@@ -1244,16 +1123,12 @@ def test_flags_are_those_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     assert fqgan.parse_flags("", presets, FQGANConfig) == {}
 
-def test_the_log_is_appended_to(tmp_path, capsys):
-    """Columns are those of the first row. A log that cannot be written ends no run."""
+def test_the_log_is_appended_to(tmp_path):
+    """Columns are those of the first row."""
     path = tmp_path / "log.csv"
     fqgan.append_row(path, dict(step=1, loss=0.5, psnr=None))
-    fqgan.append_row(path, dict(psnr=20.25, step=2, loss=1 / 3))
+    fqgan.append_row(path, dict(step=2, loss=1 / 3, psnr=20.25))
     assert path.read_text().split() == ["step,loss,psnr", "1,0.5,", "2,0.333333,20.25"]
-    path.unlink()
-    path.mkdir()
-    fqgan.append_row(path, dict(step=3))
-    assert re.search("log.csv cannot be written .*; the run goes on", capsys.readouterr().out)
 
 def test_grids_keep_the_shape_of_images(tmp_path):
     rows = [("a", torch.ones(2, 3, 20, 40)), ("b", -torch.ones(1, 3, 20, 40))]
@@ -1268,30 +1143,19 @@ def test_figures():
     counts = torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [8, 0, 0, 0]])
     used, perplexity = fqgan.code_usage(counts)
     assert used.tolist() == [0.5, 1.0, 0.25] and np.allclose(perplexity, [2, 4, 1])
-    sample = fqgan.fixed_sample(100)
-    assert sorted(sample) == list(range(100)) != sample and sample == fqgan.fixed_sample(100)
+    few, _ = fqgan.code_usage(torch.tensor([16] * 8 + [0] * 2**14))
+    assert few == 8 / 128, "of the codes that 128 tokens can reach: every line said that the sub-codebook was dying"
+    order = fqgan.shuffled_range(100)
+    assert sorted(order) == list(range(100)) != order and order == fqgan.shuffled_range(100)
     assert [fqgan.duration(seconds) for seconds in (7, 90.9, 5400)] == ["0:07", "1:30", "1.5 h"]
 
-def test_usage_is_of_the_codes_that_so_many_tokens_can_reach():
-    """128 tokens cannot choose 16,384 codes: every line said that the sub-codebook was dying."""
-    counts = torch.zeros(2, 16_384, dtype=torch.long)
-    counts[0, :128] = 1
-    counts[1, :8] = 16
-    assert fqgan.code_usage(counts)[0].tolist() == [1.0, 8 / 128]
-
-@pytest.mark.parametrize("text, expected", [
-    ("0,3", [0, 3]), ("star, moon", [1, 3]), ('"a, b",star', [2, 1]), ("star , moon", [1, 3])])
-def test_class_names_and_numbers(text, expected, capsys):
-    """A name with a comma could not be asked for."""
-    assert sample.class_indices(text, ["heart", "star", "a, b", "moon"]) == expected
-    assert capsys.readouterr().out == ""
-
-def test_classes_named_by_numbers_are_said(capsys):
-    """Of "1" to "12", sorted as text, 10 was the folder "10", 0 the folder "1", and nothing said so."""
+def test_class_names_and_numbers():
+    """Names go before numbers: of "1" to "12", sorted as text, 10 is the folder "10", and 0 the first one, "1"."""
+    for text, expected in [
+        ("0,3", [0, 3]), ("star, moon", [1, 3]), ('"a, b",star', [2, 1]), ("star , moon", [1, 3])]:
+        assert sample.class_indices(text, ["heart", "star", "a, b", "moon"]) == expected
     names = sorted(str(i) for i in range(1, 13))
     assert sample.class_indices("10", names) == [1] and sample.class_indices("0", names) == [0]
-    first, second = capsys.readouterr().out.splitlines()
-    assert "taken are 10" in first and "taken are 1" in second
     for word in ("13", "star", "-1", ""):
         with refused(f"no class '{word}'; there are 0 to 11: 1, 10, 11, .*, ..."):
             sample.class_indices(f"1,{word}", names)
@@ -1301,10 +1165,8 @@ def test_classes_named_by_numbers_are_said(capsys):
 
 def test_both_scripts_make_what_they_say(trained):
     names = sorted(path.name for path in trained.iterdir() if not path.name.endswith(".lock"))
-    assert names == [
-        "gpt.pt", "gpt_log.csv", "log.csv", "recon.png", "samples.png", "tokenizer.pt",
-        "tokens_train.npy", "tokens_val.npy",
-    ]
+    made = "gpt.pt gpt_log.csv log.csv recon.png samples.png tokenizer.pt tokens_train.npy tokens_val.npy"
+    assert names == made.split()
     rows = log_of(trained / "log.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["val_psnr"]) > 3 and [row["val_psnr"] > "" for row in rows] == [False, True, False, True]
@@ -1312,18 +1174,15 @@ def test_both_scripts_make_what_they_say(trained):
         terms = [float(row[name]) for name in ("reconstruct", "codebook", "commit", "entropy", "disentangle")]
         assert math.isclose(float(row["loss"]), sum(terms), rel_tol=1e-3)
 
+    saved = load(trained / "tokenizer.pt")
     model = fqgan.load_tokenizer(trained / "tokenizer.pt")
-    assert model.config.k == 2 and Image.open(trained / "recon.png").height > 4 * 96
+    assert same(dict(model.state_dict()), saved["model"]) and not model.training
+    assert model.config == FQGANConfig(**saved["config"]) and model.config.k == 2
+    assert Image.open(trained / "recon.png").height > 4 * 96
     gpt, tokenizer, classes = load_models(trained / "gpt.pt")
     assert gpt.config.num_classes == 10 and classes[4] == "star" and gpt.config.grid == 4
-    data = load_data("shapes", 16, False)
-    images = torch.stack([data[i][0] for i in range(8)])
-    ids = model.encode(images)
-    assert torch.equal(ids, tokenizer.encode(images)), "the GPT's checkpoint holds its tokenizer"
-    tokens = np.load(trained / "tokens_val.npy")
-    assert tokens["ids"].dtype == np.uint8
-    assert np.array_equal(tokens["ids"][:8, 0], ids)
-    assert tokens["label"][:10].tolist() == list(range(10))
+    assert same(dict(gpt.state_dict()), load(trained / "gpt.pt")["model"]) and not gpt.training
+    assert same_weights(model, tokenizer), "the GPT's checkpoint holds its tokenizer"
 
 PLAIN_RUN = dict(warmup=2, final_lr=0.1, lr=0.004, grad_clip=0.05, accumulate=2, workers=0, eval_every=4)
 
@@ -1349,14 +1208,6 @@ def plain_run(parts, add_gradients, size):
             optimizer.step()
             optimizer.zero_grad()
 
-def moments(state):
-    """An optimizer's state as one dict of tensors."""
-    tensors = {}
-    for i, kept in state["state"].items():
-        for name, value in kept.items():
-            tensors[f"{i} {name}"] = torch.as_tensor(value).float()
-    return tensors
-
 class Distance(torch.nn.Module):
     """In the place of RandomFeatures: with their loss, rounding alone grows above this test's tolerance."""
 
@@ -1373,7 +1224,7 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     flags = as_flags(SMALL | FEW_STEPS | PLAIN_RUN | losses | dict(k=2, image_size=24))
     call(train_tokenizer, "--out", tmp_path, *flags)
     state = load(tmp_path / "tokenizer.pt")
-    data = load_data("shapes", 24, True)
+    data, held_out = fqgan.load_train_and_held_out("shapes", 24)
     torch.manual_seed(0)
     model = FQGAN(FQGANConfig(**state["config"]))
     disc = fqgan.Discriminator()
@@ -1381,7 +1232,7 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     disc_optimizer = torch.optim.Adam(disc.parameters(), betas=(0.9, 0.95), fused=True)
 
     def add_gradients(indices, step):
-        images = torch.stack([data[i][0] for i in indices])
+        images, _ = default_collate([data[i] for i in indices])
         reconstruction, losses = model(images)
         losses["entropy"] = losses["entropy"] * 0.03 ** (step / 4)
         loss = sum(losses.values()) + 0.7 * Distance()(images, reconstruction).mean()
@@ -1394,20 +1245,18 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
             hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             (0.5 * hinge / 2).backward()
 
-    parts = [(model, optimizer, 0.004), (disc, disc_optimizer, 0.0005)]
-    plain_run(parts, add_gradients, len(data))
-    assert nearly_same(state["model"], model.state_dict())
-    assert nearly_same(state["disc"], disc.state_dict())
-    assert nearly_same(moments(state["optimizer"]), moments(optimizer.state_dict()), atol=1e-6)
-    assert nearly_same(moments(state["disc_optimizer"]), moments(disc_optimizer.state_dict()), atol=1e-6)
+    plain_run([(model, optimizer, 0.004), (disc, disc_optimizer, 0.0005)], add_gradients, len(data))
+    assert_close(state["model"], model.state_dict())
+    assert_close(state["disc"], disc.state_dict())
+    assert_close(state["optimizer"]["state"], optimizer.state_dict()["state"], atol=1e-6)
+    assert_close(state["disc_optimizer"]["state"], disc_optimizer.state_dict()["state"], atol=1e-6)
 
     loaded = fqgan.load_tokenizer(tmp_path / "tokenizer.pt")
-    held_out = load_data("shapes", 24, False)
-    indices = fqgan.fixed_sample(len(held_out))[:16]
-    images = torch.stack([held_out[i][0] for i in indices])
-    ids = loaded.encode(images)
+    images, _ = items_of(held_out, 16)
+    decoded = loaded.decode(loaded.encode(images))
+    expected = fqgan.psnr(images, decoded).mean()
     rows = log_of(tmp_path / "log.csv")
-    assert math.isclose(float(rows[-1]["val_psnr"]), fqgan.psnr(images, loaded.decode(ids)).mean(), rel_tol=1e-4)
+    assert math.isclose(float(rows[-1]["val_psnr"]), expected, rel_tol=1e-4)
     assert [float(row["lr"]) for row in rows] == [0.002, 0.004, 0.004, 0.0022]
 
 def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
@@ -1432,11 +1281,11 @@ def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
         (loss_of(model, tokens[indices]) / 2).backward()
 
     plain_run([(model, optimizer, 0.004)], add_gradients, len(tokens))
-    assert nearly_same(state["model"], model.state_dict())
-    assert nearly_same(moments(state["optimizer"]), moments(optimizer.state_dict()), atol=1e-6)
+    assert_close(state["model"], model.state_dict())
+    assert_close(state["optimizer"]["state"], optimizer.state_dict()["state"], atol=1e-6)
     loaded = fqgan.load_gpt(tmp_path / "gpt.pt")
     row = log_of(tmp_path / "gpt_log.csv")[-1]
-    expected = loss_of(loaded, held_out[fqgan.fixed_sample(len(held_out))[:16]]).item()
+    expected = loss_of(loaded, held_out[fqgan.shuffled_range(len(held_out))[:16]]).item()
     assert math.isclose(float(row["val_loss"]), expected, rel_tol=1e-4)
     assert not math.isclose(float(row["val_loss_1"]), expected, rel_tol=1e-6), "of one sub-codebook, not the mean"
 
@@ -1458,32 +1307,18 @@ def test_muon(lr, tmp_path, trained):
         else:
             assert torch.equal(now, before[name]) == (lr == 0), name
 
-def end_after(monkeypatch, script, saves):
-    """The run ends right after its n-th checkpoint, as in a power cut."""
-    save = script.save_checkpoint
-    left = itertools.count(saves - 1, -1)
-
-    def save_and_end(*args, **options):
-        save(*args, **options)
-        if next(left) == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "save_checkpoint", save_and_end)
-
-FULL_TOKENIZER = as_flags(SMALL | FEW_STEPS | dict(
-    k=2, image_size=24, disc_weight=0.5, disc_start=2, accumulate=2, log_every=3, warmup=2, final_lr=0.1))
-FULL_GPT = [*TINY_GPT_RUN, *as_flags(dict(dropout=0.1, crops=2, muon=True))]
-
 @pytest.mark.parametrize("script, name, log", [
     (train_tokenizer, "tokenizer.pt", "log.csv"), (train_gpt, "gpt.pt", "gpt_log.csv")])
 def test_resumed_is_unbroken(script, name, log, tmp_path, trained, monkeypatch):
     """Weights, both optimizers and the log's last row of each step to the bit; a GPT asks for its tokens alone."""
-    flags = FULL_TOKENIZER
+    flags = as_flags(SMALL | FEW_STEPS | dict(
+        k=2, image_size=24, disc_weight=0.5, disc_start=2, accumulate=2, log_every=3, warmup=2, final_lr=0.1))
     if script is train_gpt:
-        flags = [*FULL_GPT, "--tokenizer", trained / "tokenizer.pt", "--data", make_folder(tmp_path / "images")]
+        flags = [*TINY_GPT_RUN, "--dropout", 0.1, "--crops", 2, "--muon"]
+        flags += ["--tokenizer", trained / "tokenizer.pt", "--data", make_folder(tmp_path / "images")]
     call(script, "--out", tmp_path / "whole", *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        end_after(patch, script, 2)  # the first one is written before the first step
+        patch.setattr(script, "save_grid", Mock(side_effect=KeyboardInterrupt))  # after the checkpoint of step 2
         call(script, "--out", tmp_path / "cut", *flags)
     if (tmp_path / "cut" / log).exists():
         with open(tmp_path / "cut" / log, "a") as file:
@@ -1498,12 +1333,12 @@ def test_resumed_is_unbroken(script, name, log, tmp_path, trained, monkeypatch):
     assert rows[0]["4"] == rows[1]["4"] and rows[0].get("3") == rows[1].get("3")
 
 def test_resume_and_overwrite(tmp_path, trained, capsys):
-    flags = ["--k", 1, "--out", tmp_path, *TINY_RUN]
-    call(train_tokenizer, *flags)
-    before = (tmp_path / "tokenizer.pt").read_bytes()
-    resume = ["--out", tmp_path, "--resume"]
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / "tokenizer.pt").read_bytes()
+    start = ["--k", 2, "--out", run, *TINY_RUN]
+    resume = ["--out", run, "--resume"]
     for argv, message in [
-        (flags, "--resume continues that run, --overwrite replaces it"),
+        (start, "--resume continues that run, --overwrite replaces it"),
         (resume, "already at step 4 of 4"),
         ([*resume, "--steps", 3], "already at step 4 of 3"),
         ([*resume, "--steps", 6, "--k", 1], "--k does not go with --resume"),
@@ -1513,15 +1348,15 @@ def test_resume_and_overwrite(tmp_path, trained, capsys):
     ]:
         with refused(message):
             call(train_tokenizer, *argv)
-    assert (tmp_path / "tokenizer.pt").read_bytes() == before, "nothing is overwritten unless told so"
+    assert (run / "tokenizer.pt").read_bytes() == before, "nothing is overwritten unless told so"
     capsys.readouterr()
     call(train_tokenizer, *resume, "--steps", 6, "--log-every", 2)
     assert "schedules are now those of 6 steps" in capsys.readouterr().out
-    state = load(tmp_path / "tokenizer.pt")
+    state = load(run / "tokenizer.pt")
     assert state["step"] == 6 and state["config"]["image_size"] == 16
-    call(train_tokenizer, *flags, "--overwrite")
-    assert load(tmp_path / "tokenizer.pt")["step"] == 4
-    assert [row["step"] for row in log_of(tmp_path / "log.csv")] == ["1", "2", "3", "4"]
+    call(train_tokenizer, *start, "--overwrite")
+    assert load(run / "tokenizer.pt")["step"] == 4
+    assert [row["step"] for row in log_of(run / "log.csv")] == ["1", "2", "3", "4"]
 
 def test_a_run_starts_from_another(tmp_path, trained):
     """Its shape and weights, with other rates; flags go first."""
@@ -1532,15 +1367,14 @@ def test_a_run_starts_from_another(tmp_path, trained):
     with refused("--init .* does not fit"):
         call(train_tokenizer, *start, "--overwrite", "--codebook-size", 16)
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_run_is_kept_out(resume, tmp_path):
+def test_a_second_run_is_kept_out(tmp_path):
     """Two runs in one folder: both said "done", and one was lost."""
     words = shell_words(0, "train_tokenizer.py", "--k", 1, *TINY_RUN, "--steps", 10**6, "--out", tmp_path)
     process = subprocess.Popen(words, cwd=HERE, stdout=subprocess.PIPE, text=True, env=SHELL)
     next(process.stdout)
-    argv = ["--resume"] if resume else [*TINY_RUN, "--overwrite"]
-    told = shell("train_tokenizer.py", "--out", tmp_path, *argv, check=False)
-    assert told.returncode == 1 and "another run is writing" in told.stderr and told.stderr.count("\n") == 1
+    for argv in (["--resume"], [*TINY_RUN, "--overwrite"]):
+        with refused("another run is writing"):
+            call(train_tokenizer, "--out", tmp_path, *argv)
     process.kill()
     process.communicate()
     call(train_tokenizer, "--out", tmp_path, "--resume", "--steps", load(tmp_path / "tokenizer.pt")["step"] + 1)
@@ -1558,15 +1392,13 @@ def test_nothing_is_written_among_the_images(script, argv, tmp_path, monkeypatch
     """`out` became a class with recon.png in it; a flat folder lost all photographs."""
     monkeypatch.chdir(tmp_path)
     before = sorted(make_folder(Path("photos"), each=20).rglob("*"))
-    save_small(tmp_path)
-    for name in ("tokenizer.pt", "gpt.pt"):
-        torch.save(load(name) | dict(settings=dict(data="photos")), name)
+    save_small(tmp_path, data="photos")
     flags = ["--data", "photos", *TINY_RUN] if script is train_tokenizer else []
     with refused("lies in photos, where the images are"):
         call(script, *argv, *flags)
     assert sorted(Path("photos").rglob("*")) == before
 
-def test_tokens(tmp_path, trained, monkeypatch):
+def test_tokens(tmp_path, trained):
     """
     Each new run encodes, in float32 whatever the GPT trains in; a resumed one takes what it began with, but encodes
     again what was cut off.
@@ -1575,11 +1407,13 @@ def test_tokens(tmp_path, trained, monkeypatch):
     folder = make_folder(tmp_path / "images")
     flags = [*TINY_GPT_RUN, "--tokenizer", trained / "tokenizer.pt", "--out", tmp_path, "--steps", 1, "--data", folder]
     call(train_gpt, *flags, "--dtype", "bfloat16")
-    one = np.load(path)
-    data = load_data(folder, 16, True)
-    assert one["label"].tolist() == [data[i][1] for i in range(len(data))]
-    images = torch.stack([data[i][0] for i in range(len(data))])
-    assert np.array_equal(one["ids"][:, 0], fqgan.load_tokenizer(trained / "tokenizer.pt").encode(images))
+    tokenizer = fqgan.load_tokenizer(trained / "tokenizer.pt")
+    data, held_out = fqgan.load_train_and_held_out(folder, 16)
+    for part, name in ((held_out, "tokens_val.npy"), (data, "tokens_train.npy")):
+        one = np.load(tmp_path / name)
+        images, labels = default_collate(list(part))
+        assert one["ids"].dtype == np.uint8 and np.array_equal(one["label"], labels)
+        assert np.array_equal(one["ids"][:, 0], tokenizer.encode(images))
 
     for image, _ in data.source.samples:  # edited under the same name
         Image.open(image).rotate(90).save(image)
@@ -1595,33 +1429,18 @@ def test_tokens(tmp_path, trained, monkeypatch):
 
 def test_a_gpt_is_not_resumed_with_the_tokens_of_another(tmp_path, trained, monkeypatch):
     """A run that --overwrite began, and that ended while it encoded, left its tokens beside the last run's GPT."""
-    flags = ["--tokenizer", trained / "tokenizer.pt", "--out", tmp_path, *TINY_GPT_RUN]
-    call(train_gpt, *flags, "--data", make_folder(tmp_path / "images"))
-    encode = train_gpt.encode
-    calls = itertools.count()
-
-    def cut_off(*args):
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        encode(*args)
-
-    monkeypatch.setattr(train_gpt, "encode", cut_off)
+    run = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(train_gpt, "encode", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        call(train_gpt, *flags, "--data", make_folder(tmp_path / "others"), "--overwrite")
+        call(train_gpt, "--out", run, *TINY_GPT_RUN, "--overwrite")
     with refused("no gpt checkpoint"):
-        call(train_gpt, "--out", tmp_path, "--resume", "--steps", 6)
+        call(train_gpt, "--out", run, "--resume", "--steps", 6)
 
-def test_a_full_disk_is_one_line(tmp_path, trained, monkeypatch):
-    """Written through a memory map it was a bus error."""
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    argv = ["train_gpt.py", "--tokenizer", str(trained / "tokenizer.pt"), "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as end:
-        fqgan.cli(train_gpt.main)
-    assert str(end.value.code) == "train_gpt.py: [Errno 28] No space left on device"
+def test_a_full_disk_is_no_bus_error(tmp_path, trained, monkeypatch):
+    """As it was where tokens were written through a memory map."""
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        call(train_gpt, "--tokenizer", trained / "tokenizer.pt", "--out", tmp_path)
 
 SEVERAL = """
 import json, sys
@@ -1640,7 +1459,9 @@ def run_on_ranks(ranks, folder, *commands, env=SHELL):
     """Runs commands (script's name, flags...) one after the other in the same processes, whose start takes longest."""
     (folder / "several.py").write_text(SEVERAL.format(here=str(HERE)))
     words = [list(map(str, command)) for command in commands]
-    return shell(folder / "several.py", json.dumps(words), ranks=ranks, env=env)
+    told = shell(folder / "several.py", json.dumps(words), ranks=ranks, env=env)
+    assert told.returncode == 0, told.stderr
+    return told.stdout
 
 def same_moments(*paths):
     """Whether two runs' optimizers saw the same gradients: within 2 % of the largest."""
@@ -1650,28 +1471,34 @@ def same_moments(*paths):
             return False
     return True
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_are_one(ranks, tmp_path):
+def test_three_ranks_are_one(tmp_path):
     """
     The same global batch gives the same weights and, which would show a factor that Adam hides, the same moments.
 
     Off for it is what is computed over a rank's own batch: the entropy of the mean assignment, as in the official
-    code, and the discriminator's BatchNorm. 16 images are evaluated: not as many on each of 3 ranks.
+    code, and the discriminator's BatchNorm. 16 images are evaluated: not as many on each rank.
+
+    The adversary has two discriminator passes before one backward pass; its run is then taken up by a single process.
     """
     one = tmp_path / "one"
     many = tmp_path / "many"
     equal = ["--batch-size", 12, "--grad-clip", 0]
     flags = [*TINY_RUN, *equal, "--k", 2, "--entropy-weight", 0]
     gpt_flags = [*TINY_GPT_RUN, *equal, "--label-dropout", 0, "--data", make_folder(tmp_path / "images")]
-    call(train_tokenizer, *flags, "--out", one)
     gpt_flags += ["--tokenizer", one / "tokenizer.pt"]
+    call(train_tokenizer, *flags, "--out", one)
     call(train_gpt, *gpt_flags, "--out", one)
-    flags += ["--out", many, "--accumulate", 2]
-    gpt_flags += ["--out", many, "--accumulate", 2]
-    run_on_ranks(ranks, tmp_path, ["train_tokenizer", *flags], ["train_gpt", *gpt_flags])
+    out = ["--out", many, "--accumulate", 2]
+    adversary = as_flags(dict(out=tmp_path / "adversary", image_size=24, batch_size=12, disc_weight=0.5, disc_start=1))
+    commands = [
+        ["train_tokenizer", *flags, *out],
+        ["train_gpt", *gpt_flags, *out],
+        ["train_tokenizer", *TINY_RUN, *adversary, "--accumulate", 2],
+    ]
+    assert "step 1/" in run_on_ranks(3, tmp_path, *commands)
     for name in ("tokenizer.pt", "gpt.pt"):
         assert same_moments(one / name, many / name)
-        assert nearly_same(load(one / name)["model"], load(many / name)["model"])
+        assert_close(load(one / name)["model"], load(many / name)["model"])
     assert np.array_equal(np.load(one / "tokens_train.npy"), np.load(many / "tokens_train.npy"))
     for name, tolerance in (("log.csv", 0.05), ("gpt_log.csv", 1e-4)):  # counts of codes are added up over the ranks
         for a, b in zip(log_of(one / name), log_of(many / name), strict=True):
@@ -1679,37 +1506,35 @@ def test_ranks_are_one(ranks, tmp_path):
                 close = a[column] == b[column] or math.isclose(float(a[column]), float(b[column]), rel_tol=tolerance)
                 assert close, f"{name}: {column} is {a[column]} and {b[column]}"
 
-def test_one_failing_rank_ends_all(tmp_path):
-    """With its line, at once, not after the others have waited for it in vain."""
+    rows = log_of(tmp_path / "adversary" / "log.csv")
+    assert [float(row["discriminator"]) > 0 for row in rows] == [False, True, True, True], "on from the second step"
+    call(train_tokenizer, "--out", tmp_path / "adversary", "--resume", "--steps", 6)
+    state = load(tmp_path / "adversary" / "tokenizer.pt")
+    assert state["step"] == 6 and all_finite(state["disc"])
+
+@pytest.mark.parametrize("error, ranks, workers, said", [
+    ('fqgan.UserError("a disk has gone")', 2, 0, "fail.py: a disk has gone"),
+    ('ZeroDivisionError("gone")', 0, 2, "ZeroDivisionError: gone"),
+])
+def test_an_error_ends_all_processes_at_once(error, ranks, workers, said, tmp_path):
+    """With its line: the other ranks would wait for the failing one in vain, and Python two minutes for loaders."""
     (tmp_path / "fail.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
 import fqgan, train_tokenizer
 def fail(*_):
-    raise fqgan.UserError("a disk has gone")
-if os.environ["RANK"] == "1":
+    raise {error}
+if os.environ.get("RANK", "1") == "1":
     fqgan.disentangle_loss = fail
 fqgan.cli(train_tokenizer.main)
 """)
     began = time.time()
-    told = shell(tmp_path / "fail.py", *TINY_RUN, "--out", tmp_path / "out", ranks=2, check=False)
-    assert told.returncode != 0 and "fail.py: a disk has gone" in told.stderr and time.time() - began < 60
-
-def test_two_ranks_with_an_adversary_then_one(tmp_path):
-    """Two discriminator passes before one backward pass, on two processes; then taken up by a single one."""
-    adversary = as_flags(dict(image_size=24, disc_weight=0.5, disc_start=1, accumulate=2))
-    told = shell("train_tokenizer.py", *TINY_RUN, "--out", tmp_path, *adversary, ranks=2)
-    assert "step 1/" in told.stdout
-    rows = log_of(tmp_path / "log.csv")
-    assert [float(row["discriminator"]) > 0 for row in rows] == [False, True, True, True], "on from the second step"
-    call(train_tokenizer, "--out", tmp_path, "--resume", "--steps", 6)
-    state = load(tmp_path / "tokenizer.pt")
-    assert state["step"] == 6 and all(tensor.isfinite().all() for tensor in state["disc"].values())
+    flags = [*TINY_RUN, "--workers", workers, "--out", tmp_path / "out"]
+    told = shell(tmp_path / "fail.py", *flags, ranks=ranks)
+    assert told.returncode == 1 and said in told.stderr and time.time() - began < 60
 
 @pytest.mark.parametrize("number, ranks, workers, eval_every, closed", [
-    (signal.SIGINT, 0, 2, 3, False), (signal.SIGINT, 0, 0, 10**6, True), (signal.SIGHUP, 0, 0, 10**6, True),
-    (signal.SIGTERM, 2, 0, 10**6, False),
-])
+    (signal.SIGINT, 0, 2, 3, True), (signal.SIGHUP, 0, 0, 10**6, True), (signal.SIGTERM, 2, 0, 10**6, False)])
 def test_a_signal_saves_and_the_run_goes_on(number, ranks, workers, eval_every, closed, tmp_path):
     """
     The whole process group gets it: loaders (the first time while the run evaluates), torchrun and all ranks.
@@ -1744,51 +1569,60 @@ def test_output_that_fails_does_not_end_a_run(full, tmp_path, monkeypatch):
     """`| head` closes the pipe; a disk may be full behind `> log`."""
     reader, writer = os.pipe()
     os.close(reader)
-    with open("/dev/full" if full else writer, "w") as out:
-        monkeypatch.setattr(sys, "stdout", out)
+    with open("/dev/full" if full else writer, "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
         call(train_tokenizer, "--out", tmp_path, *TINY_RUN)
-        monkeypatch.undo()
     assert load(tmp_path / "tokenizer.pt")["step"] == 4
+
+def test_unprintable_paths_are_escaped(tmp_path, monkeypatch):
+    """A terminal in plain ASCII ended the run with a traceback at the first line that named the folder."""
+    folder = make_folder(tmp_path / "bilder-\xe4\u4e2d\udcff", each=10)
+    output = io.BytesIO()
+    terminal = io.TextIOWrapper(output, "ascii")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        call_cli(train_tokenizer, *TINY_RUN, "--steps", 1, "--out", tmp_path / "out", "--data", folder)
+    assert rb"bilder-\xe4\u4e2d\udcff" in output.getvalue()
 
 def test_what_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     """One bad step is named and changes no weight; fifty in a row, not in all, end the run."""
     plain = fqgan.disentangle_loss
-    bad_calls = {3}
-    calls = itertools.count()
+    path = tmp_path / "tokenizer.pt"
+    flags = ["--k", 2, *TINY_RUN, "--eval-every", 1000, "--out", tmp_path, "--overwrite"]
 
-    def sometimes_nan(quantized):
-        return plain(quantized) * (math.nan if next(calls) in bad_calls else 1)
-
-    monkeypatch.setattr(fqgan, "disentangle_loss", sometimes_nan)
-    flags = ["--k", 2, *TINY_RUN, "--eval-every", 1000, "--log-every", 1000]
-    weights = []
-    for steps in (3, 4, 5):
+    def weights_after(steps, bad_calls, *argv):
         calls = itertools.count()
-        call(train_tokenizer, *flags, "--out", tmp_path / str(steps), "--steps", steps, "--warmup", 0, "--final-lr", 1,
-             "--entropy-final", 1)
-        weights.append(load(tmp_path / str(steps) / "tokenizer.pt")["model"])
-    assert [same(weights[0], other) for other in weights[1:]] == [True, False], "the fourth step changes nothing"
+
+        def sometimes_nan(quantized):
+            return plain(quantized) * (math.nan if next(calls) in bad_calls else 1)
+
+        monkeypatch.setattr(fqgan, "disentangle_loss", sometimes_nan)
+        call(train_tokenizer, *flags, "--steps", steps, *argv)
+        return load(path)["model"]
+
+    constant = as_flags(dict(warmup=0, final_lr=1, entropy_final=1))
+    three, four, five = [weights_after(steps, {3}, *constant) for steps in (3, 4, 5)]
+    assert same(three, four) and not same(four, five), "the fourth step changes nothing"
     assert capsys.readouterr().out.count("step 4 left out: disentangle not finite") == 2
-
-    calls = itertools.count()
-    bad_calls = range(1, 200, 2)
-    call(train_tokenizer, *flags, "--out", tmp_path / "often", "--steps", 110)
-    calls = itertools.count()
-    bad_calls = range(2, 1000)
+    weights_after(110, range(1, 200, 2))
+    errors = [float(row["reconstruct"]) for row in log_of(tmp_path / "log.csv")]
+    assert errors[-1] < 0.5 * errors[0], "it learns all the same"
     with refused("50 steps in a row were not finite.* smaller --lr"):
-        call(train_tokenizer, *flags, "--out", tmp_path / "ever", "--steps", 100)
-    assert all(tensor.isfinite().all() for tensor in load(tmp_path / "ever" / "tokenizer.pt")["model"].values())
+        weights_after(100, range(2, 1000))
+    assert all_finite(load(path)["model"])
 
-def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, trained, capsys):
-    """A viewer locks it, or a folder has its name."""
-    for name in ("recon.png", "samples.png", "log.csv"):
+def test_what_cannot_be_written_or_locked_ends_no_run(tmp_path, monkeypatch, capsys):
+    """A viewer locks a picture, or a folder has its name; some file systems have no locks."""
+    monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))
+    names = ("recon.png", "samples.png", "log.csv", "gpt_log.csv")
+    for name in names:
         (tmp_path / name).mkdir()
-    call(train_tokenizer, "--k", 2, "--out", tmp_path, *TINY_RUN)
+    call(train_tokenizer, "--k", 2, "--out", tmp_path, *TINY_RUN, "--data", make_folder(tmp_path / "images"))
     call(train_gpt, "--out", tmp_path, *TINY_GPT_RUN)
     text = capsys.readouterr().out
-    for name in ("recon.png", "samples.png", "log.csv"):
-        assert f"{name} cannot be written" in text
-    assert load(tmp_path / "gpt.pt")["step"] == 4
+    for name in names:
+        assert re.search(f"/{name} cannot be written .*; the run goes on", text)
+    assert "cannot be locked" in text and load(tmp_path / "gpt.pt")["step"] == 4
 
 def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
     """92 lines of traceback."""
@@ -1804,64 +1638,30 @@ def test_a_folder_may_have_the_name_of_a_built_in_set(tmp_path, monkeypatch):
     os.rename("class 0", "cifar10")
     assert len(load_data("./cifar10", 16, True)) < 100
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", fail)
-    call(train_tokenizer, "--k", 1, *TINY_RUN, "--out", tmp_path)
-    assert "cannot be locked" in capsys.readouterr().out
-
-def test_ignored_signals_stay_ignored(monkeypatch):
+def test_ignored_signals_stay_ignored():
     """As nohup has it."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in fqgan.ENDING_SIGNALS}
-    caught = fqgan.catch_signals()
-    os.kill(os.getpid(), signal.SIGHUP)
-    os.kill(os.getpid(), signal.SIGTERM)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with command_line(train_tokenizer):
+        for number in fqgan.ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        caught = fqgan.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
     assert caught == []
-
-def test_an_error_ends_loader_processes_at_once(tmp_path):
-    """Python waited two minutes for them."""
-    (tmp_path / "fail.py").write_text(f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
-import fqgan, train_tokenizer
-def fail(*_):
-    raise {{}}("gone")
-fqgan.disentangle_loss = fail
-fqgan.cli(train_tokenizer.main)
-""".format("ZeroDivisionError"))
-    began = time.time()
-    flags = [*TINY_RUN, "--workers", 2, "--out", tmp_path / "out"]
-    told = shell(tmp_path / "fail.py", *flags, check=False)
-    assert told.returncode == 1 and "ZeroDivisionError: gone" in told.stderr and time.time() - began < 60
 
 def test_float16_scales_its_gradients_and_resumes(tmp_path):
     call(train_tokenizer, "--k", 2, *TINY_RUN, "--dtype", "float16", "--out", tmp_path)
     state = load(tmp_path / "tokenizer.pt")
-    assert state["scaler"]["scale"] > 1 and all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert state["scaler"]["scale"] > 1 and all_finite(state["model"])
     call(train_tokenizer, "--out", tmp_path, "--resume", "--steps", 5)
 
 def test_collapsed_codebooks_are_said(tmp_path, monkeypatch, capsys):
     """A run that has lost a codebook goes on without an error: the log must tell."""
     counts = torch.tensor([[64] + [0] * 31, [9] * 32, [90] * 3 + [0] * 29])
-    usage = fqgan.code_usage(counts)
-    monkeypatch.setattr(train_tokenizer, "code_usage", lambda counts: usage)
+    monkeypatch.setattr(train_tokenizer, "code_usage", Mock(return_value=fqgan.code_usage(counts)))
     call(train_tokenizer, "--k", 3, "--out", tmp_path, *TINY_RUN, "--steps", 1)
     text = capsys.readouterr().out
     assert "sub-codebook 1 is dying: perplexity 1.0" in text and "sub-codebook 2" not in text
     assert "sub-codebook 3 is dying: perplexity 3.0" in text
-
-@pytest.fixture(scope="session")
-def own_network(tmp_path_factory):
-    """A network's file, as --teachers and --features take it: images of 16x16 -> 48 features."""
-    path = tmp_path_factory.mktemp("network") / "own.pt2"
-    any_batch = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(Pooled(), (torch.zeros(3, 3, 16, 16),), dynamic_shapes=any_batch)
-    torch.export.save(program, path)
-    return path
 
 def test_training_with_a_teacher(tmp_path, capsys, own_network):
     """The loss is on, said, and only in the supervised sub-codebook; its head goes where the teacher goes."""
@@ -1869,59 +1669,25 @@ def test_training_with_a_teacher(tmp_path, capsys, own_network):
     assert "representation (no" not in capsys.readouterr().out, "it is not among the losses that are off"
     values = [float(row["representation"]) for row in log_of(tmp_path / "log.csv")]
     assert len(values) == 4 and 0 < min(values) <= max(values) < 0.5 * math.log(8) + 0.5
-    model = fqgan.load_tokenizer(tmp_path / "tokenizer.pt").train()
+    model = fqgan.load_tokenizer(tmp_path / "tokenizer.pt")
     assert model.config.teacher_widths == (48,)
     assert [branch.feature_head is not None for branch in model.branches] == [False, False, True]
-    images = images_like(model.config, 5)
-    _, losses = model(images, [Pooled()(images)])
-    losses["representation"].backward()
-    for i, branch in enumerate(model.branches):
-        gradients = [p.grad for p in branch.parameters() if p.grad is not None]
-        assert any(g.any() for g in gradients) == (i == 2)
-    for argv, message in [
-        (["--teachers", "nothing"], "no network at nothing"),
-        (["--teachers", f"{own_network},{own_network}", "--k", 1], "2 teachers are more than k=1"),
-    ]:
-        with refused(message):
-            call(train_tokenizer, "--out", tmp_path / "other", *TINY_RUN, *argv)
 
 # -----------------------------------------------------------------------------
 # Scripts: mistakes
 
-def parser_of(script):
-    """The parser of a script's command line."""
-    class Found(Exception):
-        pass
-
-    def stop(parser, *_):
-        raise Found(parser)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
-        patch.setattr(fqgan.Parser, "parse_args", stop)
-        call(script)
-    return found.value.args[0]
-
-SCRIPTS = {f"{script.__name__}.py": script for script in (train_tokenizer, train_gpt, sample, evaluate)}
-
-def readme_commands():
-    """(script's name, its words) for each command in the README's shell blocks"""
-    for block in re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S):
-        for command in re.split(r"\n|&&|;", re.sub(r" *#.*", "", block)):
-            words = command.split()
-            for i, word in enumerate(words):
-                if word in SCRIPTS:
-                    yield word, words[i + 1:]
-
 def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
-    """Their flags are known and fit each other; nothing is run."""
+    """Their flags are known and fit each other: all get to where work would begin."""
     monkeypatch.chdir(tmp_path)
-    seen = []
-    for name, argv in readme_commands():
-        args = parser_of(SCRIPTS[name]).parse_args(argv)
-        if name == "train_tokenizer.py":
-            fqgan.pick(FQGANConfig, train_tokenizer.PRESETS[getattr(args, "preset", "tiny")] | vars(args))
-        seen.append(name)
-    assert set(seen) == set(SCRIPTS) and len(seen) >= 18
+    scripts = dict(train_tokenizer=train_tokenizer, train_gpt=train_gpt, sample=sample, evaluate=evaluate)
+    for script in scripts.values():
+        monkeypatch.setattr(script, "setup_device", Mock(side_effect=InterruptedError))
+    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    commands = re.findall(r"(train_tokenizer|train_gpt|sample|evaluate)\.py([^\n&;#]*)", "".join(blocks))
+    assert {name for name, _ in commands} == set(scripts) and len(commands) >= 18
+    for name, flags in commands:
+        with pytest.raises(InterruptedError):
+            call(scripts[name], *flags.split())
 
 @pytest.mark.parametrize("script, argv, message", [
     (train_tokenizer, "--k 0", "--k is 0; it must be at least 1"),
@@ -1931,8 +1697,9 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--image-size 16 --disc-weight 1", "too small for the discriminator"),
     (train_tokenizer, "--image-size 8 --perceptual-weight 1", "too small for the perceptual loss: 16 or more"),
     (train_tokenizer, "--perceptual vgg", "--perceptual vgg: choose lpips or random"),
-    (train_tokenizer, "--k 1 --decorrelate-weight 1", "needs two sub-codebooks"),
     (train_tokenizer, "--data nowhere", "no such folder; or choose shapes, cifar10, cifar100"),
+    (train_tokenizer, "--data README.md", "is a file"),
+    (train_tokenizer, "--data ~nobody's/x", "no such folder"),
     (train_tokenizer, "--batch-size 30000", "20000 images of 10 classes are fewer than one batch"),
     (train_tokenizer, "--batch-size 9 --accumulate 2", "not divisible"),
     (train_tokenizer, "--lr -1", "--lr is -1.0"),
@@ -1943,18 +1710,26 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--device tpu9", "not usable here"),
     (train_tokenizer, "--k 2 --color red", "unrecognized arguments: --color red"),
     (train_tokenizer, "--channel-mult 1,x", "argument --channel-mult: invalid"),
+    (train_tokenizer, "--out README.md", "README.md"),
+    (train_tokenizer, "--teachers nothing", "no network at nothing"),
     (train_tokenizer, "--preset fqgan-ds16",
      "no network at teachers/dinov2_vits14.pt2; .*`python tools/convert.py dinov2_vits14 teachers/dinov2_vits14.pt2`"),
     (train_gpt, "", "python train_tokenizer.py"),
     (train_gpt, "--crops 3", "1, 2 or 10"),
     (train_gpt, "--tokenizer README.md", "README.md cannot be read as a checkpoint"),
     (sample, "--gpt nothing.pt", "python train_gpt.py"),
+    (sample, "--gpt TRAINED/tokenizer.pt", "not a gpt checkpoint"),
+    (sample, "--gpt TRAINED/gpt.pt --classes 10", "no class '10'"),
+    (sample, "--gpt TRAINED/gpt.pt --classes 0 --n 40000", "a grid of 2500 rows is too tall"),
+    (sample, "--gpt TRAINED/gpt.pt --cfg-scale 1,2,3", "cfg_scale has 3 values; give one, or 2"),
+    (sample, "--gpt TRAINED/gpt.pt --out photos", "photos holds images already"),
     (sample, "--n 0", "at least 1"),
     (sample, "--top-k a", "argument --top-k: invalid"),
     (sample, "--out x.pdf", "cannot write .pdf files"),
     (sample, "--npz x.png", "must end in .npz"),
     (sample, "--npz x.npz --out grid.png", "exclude each other"),
     (evaluate, "", "no tokenizer checkpoint at out/tokenizer.pt: `python train_tokenizer.py` makes one"),
+    (evaluate, "--tokenizer TRAINED/tokenizer.pt --out none/e.png", "no such folder"),
     (evaluate, "--real a", "--real goes with --fake"),
     (evaluate, "--fake a", "--fake is measured against --real or --data"),
     (evaluate, "--real a --fake b", "[ab] is neither a folder nor an .npz file"),
@@ -1962,57 +1737,15 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (evaluate, "--json nowhere/f.json", "nowhere/f.json: there is no such folder"),
     (evaluate, "--real a --fake b --n 5", "--n"),
 ])
-def test_a_mistake_gets_one_line(script, argv, message, tmp_path, monkeypatch, capsys, offline):
-    monkeypatch.chdir(tmp_path)
-    Path("README.md").write_text("hello")
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv.split()])
+def test_a_mistake_gets_one_line(script, argv, message, tmp_path, monkeypatch, trained, capsys, offline):
+    monkeypatch.chdir(tree(tmp_path, "README.md", "photos/a.png"))
+    argv = argv.replace("TRAINED", str(trained)).split()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        fqgan.cli(script.main)
+        call_cli(script, *argv)
     told = capsys.readouterr().err + str(end.value.code)
     assert re.search(message, told) and f"{script.__name__}.py: " in told
     assert not [*tmp_path.rglob("*.pt")], "nothing is written"
-
-def test_more_mistakes(tmp_path, trained, offline):
-    (tmp_path / "file").write_text("x")
-    save_noise(tmp_path / "pictures", 1)
-    call(train_tokenizer, "--k", 3, "--out", tmp_path / "k3", *TINY_RUN, "--steps", 1)
-    gpt = ["--gpt", trained / "gpt.pt"]
-    tokenizer = ["--tokenizer", trained / "tokenizer.pt"]
-    for script, argv, message in [
-        (train_tokenizer, ["--out", tmp_path / "file"], "file"),
-        (sample, [*gpt, "--classes", "10"], "no class '10'"),
-        (sample, [*gpt, "--classes", "0", "--n", 40_000], "a grid of 2500 rows is too tall"),
-        (sample, [*gpt, "--cfg-scale", "1,2,3"], "cfg_scale has 3 values; give one, or 2"),
-        (sample, [*gpt, "--out", tmp_path / "pictures"], "pictures holds images already"),
-        (sample, ["--gpt", trained / "tokenizer.pt"], "not a gpt checkpoint"),
-        (evaluate, [*tokenizer, "--n", 4, "--out", tmp_path / "none" / "e.png"], "no such folder"),
-        (sample, [*gpt, "--tokenizer", tmp_path / "k3" / "tokenizer.pt"], "k 2, the tokenizer has 3"),
-    ]:
-        with pytest.raises((UserError, OSError), match=message):
-            call(script, *argv, "--device", "cpu")
-    state = load(trained / "tokenizer.pt")
-    for bad in [
-        state | {"config": state["config"] | {"color": "red"}},
-        state | {"config": state["config"] | {"teacher_widths": ENDLESS}},
-        {name: part for name, part in state.items() if name != "config"},
-        {"kind": "tokenizer", "model": Hostile(tmp_path / "touched")},
-    ]:
-        torch.save(bad, tmp_path / "bad.pt")
-        with refused("bad.pt"):
-            call(train_gpt, "--tokenizer", tmp_path / "bad.pt", "--out", tmp_path / "out")
-    assert not (tmp_path / "touched").exists() and not (tmp_path / "out").exists()
-    told = shell("train_tokenizer.py", "--k", 0, check=False)
-    assert told.returncode == 1 and told.stdout == ""
-    assert told.stderr == "train_tokenizer.py: --k is 0; it must be at least 1\n"
-
-def test_unprintable_paths_are_escaped(tmp_path):
-    """A terminal in plain ASCII ended the run with a traceback at the first line that named the folder."""
-    folder = make_folder(tmp_path / "bilder-\xe4\u4e2d\udcff", each=10)
-    env = SHELL | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
-    words = shell_words(0, "train_tokenizer.py", *TINY_RUN, "--steps", 1, "--out", tmp_path / "out", "--data", folder)
-    told = subprocess.run(words, cwd=HERE, env=env, capture_output=True)
-    assert told.returncode == 0, told.stderr
-    assert rb"bilder-\udc" in told.stdout
 
 # -----------------------------------------------------------------------------
 # Scripts: sampling
@@ -2031,37 +1764,29 @@ def test_sampling_flags_and_classes_reach_the_model(tmp_path, trained, monkeypat
     call(sample, "--gpt", trained / "gpt.pt", "--device", "cpu", "--out", tmp_path / "grid.png", *flags)
     assert asked == [([4, 0], 3.0, [0.7, 0.8], [5, 8], 0.9), ([4], 3.0, [0.7, 0.8], [5, 8], 0.9)]
 
-def test_sample_grid_folder_and_array(tmp_path, trained, capsys):
+def test_sample_grid_folder_and_array(tmp_path, trained, on_two_ranks, capsys):
     """No gaps, no doubles, and the same pictures from one process and from two."""
-    flags = ["--gpt", trained / "gpt.pt", "--device", "cpu", "--dtype", "float32"]
-    call(sample, *flags, "--out", tmp_path / "grid.jpg", "--classes", "star,0", "--n", 6, "--top-k", "5,8")
+    gpt = ["--gpt", trained / "gpt.pt"]
+    call(sample, *gpt, "--out", tmp_path / "grid.jpg", "--classes", "star,0", "--n", 6, "--top-k", "5,8")
     assert Image.open(tmp_path / "grid.jpg").height == 4 + 2 * 100
-    flags += ["--batch-size", 5, "--count", 23]
-    call(sample, *flags, "--out", tmp_path / "files")
+    call(sample, *gpt, *SAMPLES, "--out", tmp_path / "files")
     text = capsys.readouterr().out
     assert "23 images of 10 classes" in text and text.splitlines()[-2].endswith(" 0 s left")
-    call(sample, *flags, "--npz", tmp_path / "all.npz")
-    commands = [["sample", *flags, "--out", tmp_path / "ranks"], ["sample", *flags, "--npz", tmp_path / "ranks.npz"]]
-    run_on_ranks(2, tmp_path, *commands)
+    call(sample, *gpt, *SAMPLES, "--npz", tmp_path / "all.npz")
     files = sorted((tmp_path / "files").iterdir())
     assert len(files) == 23 and files[12].name == "000012_triangle.png"
-    assert sorted(os.listdir(tmp_path / "ranks")) == [file.name for file in files]
-    for file in files:
-        assert file.read_bytes() == (tmp_path / "ranks" / file.name).read_bytes()
-    array = np.load(tmp_path / "all.npz")
+    assert contents(tmp_path / "files") == contents(on_two_ranks / "samples")
+    array = dict(np.load(tmp_path / "all.npz"))
     assert array["arr_0"].shape == (23, 16, 16, 3) and array["arr_0"].dtype == np.uint8
     assert np.array_equal(array["arr_0"], [np.asarray(Image.open(file)) for file in files])
     assert array["labels"].tolist() == [i % 10 for i in range(23)] and array["classes"][4] == "star"
-    other = np.load(tmp_path / "ranks.npz")
-    assert all(np.array_equal(array[name], other[name]) for name in ("arr_0", "labels", "classes"))
+    np.testing.assert_equal(array, dict(np.load(on_two_ranks / "samples.npz")))
 
-@pytest.mark.parametrize("kind", ["--npz", "--out"])
-def test_ctrl_c_loses_no_samples(kind, tmp_path, trained, monkeypatch):
-    """What there is, is written; the same command completes a folder, with the same images."""
+@pytest.mark.parametrize("kind, whole, cut", [("--npz", "whole.npz", "cut.npz"), ("--out", "whole", "cut")])
+def test_ctrl_c_loses_no_samples(kind, whole, cut, tmp_path, trained, monkeypatch):
+    """What there is, is written; nothing is added to a folder that holds images."""
+    monkeypatch.chdir(tmp_path)
     flags = ["--gpt", trained / "gpt.pt", "--device", "cpu", "--batch-size", 5, "--n", 23, kind]
-    whole, cut = tmp_path / "whole.npz", tmp_path / "cut.npz"
-    if kind == "--out":
-        whole, cut = tmp_path / "whole", tmp_path / "cut"
     call(sample, *flags, whole)
     generate = GPT.generate
     calls = itertools.count(1)
@@ -2075,16 +1800,10 @@ def test_ctrl_c_loses_no_samples(kind, tmp_path, trained, monkeypatch):
         patch.setattr(GPT, "generate", press)
         call(sample, *flags, cut)
     if kind == "--npz":
-        assert np.array_equal(np.load(cut)["arr_0"], np.load(whole)["arr_0"][:10])
-        assert np.array_equal(np.load(cut)["labels"], np.load(whole)["labels"][:10])
+        for name in ("arr_0", "labels"):
+            assert np.array_equal(np.load(cut)[name], np.load(whole)[name][:10])
         return
-    assert len(os.listdir(cut)) == 10
-    with refused("holds images of another GPT or of other flags"):
-        call(sample, *flags, cut, "--seed", 1)
-    assert len(os.listdir(cut)) == 10
-    call(sample, *flags, cut)
-    contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (whole, cut)]
-    assert contents[0] == contents[1] and len(contents[0]) == 23
+    assert len(contents(cut)) == 10 and contents(cut).items() < contents(whole).items()
     with refused("holds images already"):
         call(sample, *flags, cut)
 
@@ -2095,33 +1814,28 @@ def test_rows_of_a_grid_wrap(tmp_path, trained):
     grid = Image.open(tmp_path / "x.webp")
     assert grid.height == 4 + 13 * 100 and 16 * 100 < grid.width < 17 * 100 + 100
 
-def test_numeric_class_names(tmp_path, trained, capsys):
-    """Folders "1" to "10" are the classes 0, 2, 3, ..., 1: what a number asks for is said, and files carry the name."""
-    names = sorted(str(i + 1) for i in range(10))  # 1, 10, 2, 3, ...
-    torch.save(load(trained / "gpt.pt") | {"classes": names}, tmp_path / "gpt.pt")
-    flags = ["--gpt", tmp_path / "gpt.pt", "--device", "cpu", "--n", 1]
-    call(sample, *flags, "--classes", "10", "--out", tmp_path / "ten")
-    assert [path.name for path in (tmp_path / "ten").iterdir()] == ["000000_10.png"]
-    call(sample, *flags, "--classes", "0", "--out", tmp_path / "zero")
-    assert [path.name for path in (tmp_path / "zero").iterdir()] == ["000000_1.png"]
-
 # -----------------------------------------------------------------------------
 # Scripts: metrics
 
-def test_frechet_distance_closed_forms():
+def plain_distance(real, fake):
+    """The Frechet distance of two sets' features (N,D): the root's trace is the sum of X Y^T's singular values."""
+    means = [features.double().mean(0) for features in (real, fake)]
+    x = (real - means[0]) / (len(real) - 1) ** 0.5
+    y = (fake - means[1]) / (len(fake) - 1) ** 0.5
+    root_trace = torch.linalg.svdvals(x @ y.T).sum()
+    return (means[0] - means[1]).square().sum() + x.square().sum() + y.square().sum() - 2 * root_trace
+
+def test_frechet_distance():
     rng = np.random.default_rng(0)
     distance = evaluate.frechet_distance
     a, b = rng.random((2, 6)) + 0.1
     mu, nu = rng.standard_normal((2, 6))
     expected = ((mu - nu) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum()
     assert math.isclose(distance(mu, np.diag(a), nu, np.diag(b)), expected, rel_tol=1e-9)
-    v, w = rng.standard_normal((2, 6))  # of rank one: tr (vv' ww')^(1/2) = |v'w|
-    expected = v @ v + w @ w - 2 * abs(v @ w)
-    assert math.isclose(distance(mu, np.outer(v, v), mu, np.outer(w, w)), expected, rel_tol=1e-6)
-    factors = rng.standard_normal((2, 40, 30)) @ rng.standard_normal((2, 30, 30))
-    x, y = (np.cov(factor, rowvar=False) for factor in factors)
-    expected = np.trace(x) + np.trace(y) - 2 * np.trace(scipy.linalg.sqrtm(x @ y)).real
-    assert math.isclose(distance(np.zeros(30), x, np.zeros(30), y), expected, rel_tol=1e-6)
+    for n in (2, 10, 40):  # of rank 1, of rank 9, of full rank
+        x, y = rng.standard_normal((2, n, 30)) @ rng.standard_normal((2, 30, 30))
+        found = distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+        assert math.isclose(found, plain_distance(torch.tensor(x), torch.tensor(y)), rel_tol=1e-6)
     for seed in range(20):  # near-equal statistics, of rank 9: rounding took them below zero
         few = np.cov(np.random.default_rng(seed).standard_normal((10, 30)), rowvar=False)
         assert 0 <= distance(np.ones(30), few, np.ones(30), few) < 1e-6
@@ -2160,17 +1874,16 @@ def test_precision_recall_on_toy_manifolds():
 def test_ssim_is_its_formula():
     x, y = uniform(2, 2, 3, 12, 11)
     assert torch.allclose(evaluate.ssim(x, x), torch.ones(2), atol=1e-5)
-    a = fqgan.to_uint8(x).double().numpy()
-    b = fqgan.to_uint8(y).double().numpy()
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
-    expected = np.zeros(2)
-    for n, channel, i, j in itertools.product(range(2), range(3), range(12 - 6), range(11 - 6)):
-        p, q = (z[n, channel, i:i + 7, j:j + 7].ravel() for z in (a, b))
-        cov = np.cov(p, q)
-        luminance = (2 * p.mean() * q.mean() + c1) / (p.mean() ** 2 + q.mean() ** 2 + c1)
-        expected[n] += luminance * (2 * cov[0, 1] + c2) / (cov[0, 0] + cov[1, 1] + c2)
-    assert np.allclose(evaluate.ssim(x, y), expected / (3 * 6 * 5), atol=1e-4)
+    p, q = [fqgan.to_uint8(z).double() for z in (x, y)]
+    p, q = [z.unfold(2, 7, 1).unfold(3, 7, 1).flatten(4) for z in (p, q)]
+    mean_p = p.mean(-1, keepdim=True)
+    mean_q = q.mean(-1, keepdim=True)
+    cov = ((p - mean_p) * (q - mean_q)).sum(-1, keepdim=True) / 48
+    luminance = (2 * mean_p * mean_q + c1) / (mean_p**2 + mean_q**2 + c1)
+    contrast = (2 * cov + c2) / (p.var(-1, keepdim=True) + q.var(-1, keepdim=True) + c2)
+    assert torch.allclose(evaluate.ssim(x, y).double(), (luminance * contrast).mean((1, 2, 3, 4)), atol=1e-4)
     with refused("7x7"):
         evaluate.ssim(x[..., :6], y[..., :6])
 
@@ -2207,49 +1920,16 @@ def inception_file(tmp_path_factory):
     torch.save(state, path)
     return path
 
-# the branches of each block, from left to right; /2: with a stride of 2, which pads nothing
-BLOCK_A = "1x1 | 5x5_1 5x5_2 | 3x3dbl_1 3x3dbl_2 3x3dbl_3 | average _pool"
-BLOCK_C = "1x1 | 7x7_1 7x7_2 7x7_3 | 7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5 | average _pool"
-BLOCK_E = (
-    "1x1 | 3x3_1 3x3_2a | 3x3_1 3x3_2b | 3x3dbl_1 3x3dbl_2 3x3dbl_3a | 3x3dbl_1 3x3dbl_2 3x3dbl_3b | average _pool")
-BLOCKS = {
-    "Mixed_5b": BLOCK_A, "Mixed_5c": BLOCK_A, "Mixed_5d": BLOCK_A,
-    "Mixed_6a": "3x3/2 | 3x3dbl_1 3x3dbl_2 3x3dbl_3/2 | maximum/2",
-    "Mixed_6b": BLOCK_C, "Mixed_6c": BLOCK_C, "Mixed_6d": BLOCK_C, "Mixed_6e": BLOCK_C,
-    "Mixed_7a": "3x3_1 3x3_2/2 | 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4/2 | maximum/2",
-    "Mixed_7b": BLOCK_E, "Mixed_7c": BLOCK_E.replace("average", "maximum"),
-}
-
 def plain_inception(weights, x):
-    """The graph of 2015-12-05: x (B,3,299,299) in [-1,1] -> features (B,2048)"""
-    def conv(x, name, stride=1, pad=True):
-        kernel = weights[f"{name}.conv.weight"]
-        padding = [side // 2 if pad and stride == 1 else 0 for side in kernel.shape[2:]]
-        x = F.conv2d(x, kernel, None, stride, padding)
-        norm = [weights[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
-        return F.relu(F.batch_norm(x, *norm, eps=0.001))
-
-    x = conv(x, "Conv2d_1a_3x3", 2)
-    x = conv(x, "Conv2d_2a_3x3", pad=False)
-    x = F.max_pool2d(conv(x, "Conv2d_2b_3x3"), 3, 2)
-    x = conv(x, "Conv2d_3b_1x1")
-    x = F.max_pool2d(conv(x, "Conv2d_4a_3x3", pad=False), 3, 2)
-    for block, branches in BLOCKS.items():
-        outputs = []
-        for branch in branches.split("|"):
-            y = x
-            for word in branch.split():
-                if word == "average":
-                    y = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
-                elif word == "maximum":
-                    y = F.max_pool2d(y, 3, 1, 1)
-                elif word == "maximum/2":
-                    y = F.max_pool2d(y, 3, 2)
-                else:
-                    y = conv(y, f"{block}.branch{word.removesuffix('/2')}", 2 if word.endswith("/2") else 1)
-            outputs.append(y)
-        x = torch.cat(outputs, 1)
-    return x.mean((2, 3))
+    """The graph of 2015-12-05: torchvision's, but averages do not count the padding, and the last one is a maximum."""
+    net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    net.load_state_dict(weights)
+    net.fc = torch.nn.Identity()
+    average = functools.partial(F.avg_pool2d, count_include_pad=False)
+    pools = iter([average] * 8 + [F.max_pool2d])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "avg_pool2d", lambda x, **options: next(pools)(x, **options))
+        return net.eval()(x)
 
 def test_inception_is_the_graph_of_2015(inception_file):
     """Its resize is TensorFlow 1's: source = i * in / out, without half a pixel's shift. Logits have no bias."""
@@ -2280,12 +1960,10 @@ def test_sets_of_images(tmp_path):
     np.savez(tmp_path / "stored.npz", other=np.arange(3), arr_0=pixels, mu=np.ones(2), sigma=np.eye(2))
     np.savez_compressed(tmp_path / "small.npz", arr_0=pixels)
     for name in ("folder", "linked", "stored.npz", "small.npz"):
-        source, statistics = evaluate.open_set(tmp_path / name)
-        assert evaluate.sizes_of(source, statistics) == {16}
-        data = fqgan.ImageData(source, source.classes, 16, name)
-        images = torch.stack([data[i][0] for i in range(12)])
-        assert np.array_equal(fqgan.to_uint8(images).permute(0, 2, 3, 1), pixels), name
-        assert bool(statistics) == (name == "stored.npz"), "ADM's files: statistics and images"
+        opened = evaluate.ImageSet(tmp_path / name)
+        assert opened.sizes() == {16}
+        assert np.array_equal([np.asarray(opened.source[i][0]) for i in range(12)], pixels), name
+        assert bool(opened.saved) == (name == "stored.npz"), "ADM's files: statistics and images"
 
 @pytest.mark.parametrize("make, message", [
     (lambda path: path.mkdir(), "holds no image"),
@@ -2307,30 +1985,33 @@ def metrics_of(tmp_path, *argv):
     call(evaluate, *argv, "--json", tmp_path / "metrics.json", "--device", "cpu")
     return json.loads((tmp_path / "metrics.json").read_text())
 
+def items_of(data, n):
+    """The first n of the random order that is always the same -> (images, labels)"""
+    indices = fqgan.shuffled_range(len(data))[:n]
+    return default_collate([data[i] for i in indices])
+
+@torch.no_grad()
 def test_evaluate_a_tokenizer(tmp_path, trained, offline, capsys):
     """What has no weights is n/a with its reason, the rest is measured."""
     flags = ["--tokenizer", trained / "tokenizer.pt", "--out", tmp_path / "e.png"]
     metrics = metrics_of(tmp_path, *flags, "--n", 50)
     assert metrics["rfid"] is None and "pt_inception" in metrics["missing"]["rfid"]
-    assert "no route to host" in metrics["missing"]["lpips"] and "n/a" in capsys.readouterr().out
+    assert "no route to host" in metrics["missing"]["lpips"]
+    assert re.search("mutual information 1 2 .*rfid +n/a: ", capsys.readouterr().out, re.S)
     assert Image.open(tmp_path / "e.png").height == 4 + 4 * 100
 
     model = fqgan.load_tokenizer(trained / "tokenizer.pt")
-    data = load_data("shapes", 16, False)
-    indices = fqgan.fixed_sample(len(data))[:50]
-    images = torch.stack([data[i][0] for i in indices])
+    train, held_out = fqgan.load_train_and_held_out("shapes", 16)
+    images, labels = items_of(held_out, 50)
+    train_images, train_labels = items_of(train, 250)
     ids = model.encode(images)
     decoded = fqgan.from_uint8(fqgan.to_uint8(model.decode(ids)))
-    first = ids[:, 0].flatten()
-    second = ids[:, 1].flatten()
+    first, second = ids.transpose(0, 1).flatten(1)
     entropy = torch.special.entr(second.bincount() / len(second)).sum()
 
-    @torch.no_grad()
-    def all_vectors(data, n):
-        items = [data[i] for i in fqgan.fixed_sample(len(data))[:n]]
-        codes = model.encode(torch.stack([image for image, _ in items]))
-        vectors = [branch.quantizer.lookup(codes[:, i]).flatten(1) for i, branch in enumerate(model.branches)]
-        return torch.cat(vectors, 1), torch.tensor([label for _, label in items])
+    def vectors(ids):
+        codes = [branch.quantizer.lookup(ids[:, i]) for i, branch in enumerate(model.branches)]
+        return torch.stack(codes, 1).flatten(1)
 
     expected = dict(
         psnr=fqgan.psnr(images, decoded).mean(),
@@ -2338,7 +2019,7 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, capsys):
         usage_1=len(first.unique()) / 32,
         perplexity_2=entropy.exp(),
         mutual_information_1_2=evaluate.mutual_information(first.numpy(), second.numpy()),
-        probe_all=evaluate.linear_probe(*all_vectors(load_data("shapes", 16, True), 250), *all_vectors(data, 50)),
+        probe_all=evaluate.linear_probe(vectors(model.encode(train_images)), train_labels, vectors(ids), labels),
     )
     for name, value in expected.items():
         assert math.isclose(metrics[name], value, rel_tol=1e-4), name
@@ -2346,38 +2027,34 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, capsys):
     one = metrics_of(tmp_path, *flags, "--n", 1)
     assert one["psnr"] > 0 and one["probe_1"] is not None, "what can be measured of one image, is"
 
-def plain_distance(*sets):
-    """The Frechet distance of two sets' features (N,D)."""
-    statistics = []
-    for features in sets:
-        features = features.double().numpy()
-        statistics += [features.mean(0), np.cov(features, rowvar=False)]
-    return evaluate.frechet_distance(*statistics)
-
 @pytest.fixture(scope="session")
-def evaluated(tmp_path_factory, trained, inception_file):
-    """
-    A folder with made-up weights of all networks, and the metrics of six real images: of a tokenizer, of a GPT's
-    samples, and of a tokenizer without weights; from one process, `tokenizer1.json`, and from two, `tokenizer2.json`.
-    """
-    folder = tmp_path_factory.mktemp("evaluated")
-    torch.manual_seed(0)
-    vgg = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-    torch.save(vgg.state_dict(prefix="features."), folder / "vgg16.pth")
-    channels = enumerate((64, 128, 256, 512, 512))
-    torch.save({f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1) for i, c in channels}, folder / "vgg.pth")
+def six_images(tmp_path_factory, trained):
+    """Flags of evaluate.py: for a tokenizer on six real images, and for six of a GPT's samples against these."""
+    folder = tmp_path_factory.mktemp("six_images")
     for part in ("train", "val"):
         save_noise(folder / "real" / part, 6, (16, 16))
     call(sample, "--gpt", trained / "gpt.pt", "--n", 6, "--device", "cpu", "--npz", folder / "fake.npz")
     tokenizer = ["--tokenizer", trained / "tokenizer.pt", "--data", folder / "real", "--out", folder / "e.png"]
-    weights = ["--inception", inception_file, "--vgg", folder / "vgg16.pth", "--lpips", folder / "vgg.pth"]
+    return tokenizer, ["--fake", folder / "fake.npz", "--real", folder / "real" / "val"]
+
+SAMPLES = ["--device", "cpu", "--dtype", "float32", "--batch-size", 5, "--count", 23]
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory, trained, six_images, lpips_files, own_network):
+    """
+    A folder with metrics from one process, `tokenizer1.json`, and from two, `tokenizer2.json`: of a tokenizer, with and
+    without networks, and of samples; and with samples from two processes.
+    """
+    folder = tmp_path_factory.mktemp("on_two_ranks")
+    tokenizer, sets = six_images
     modes = {
-        "tokenizer": [*tokenizer, *weights],
-        "sets": ["--fake", folder / "fake.npz", "--real", folder / "real" / "val", *weights[:2]],
+        "tokenizer": [*tokenizer, "--features", own_network, "--vgg", lpips_files[0], "--lpips", lpips_files[1]],
+        "sets": [*sets, "--features", own_network],
         "missing": tokenizer,
     }
     offline = {"TORCH_HOME": str(folder / "hub"), "https_proxy": "http://127.0.0.1:9"}
-    commands = []
+    samples = ["sample", "--gpt", trained / "gpt.pt", *SAMPLES]
+    commands = [[*samples, "--out", folder / "samples"], [*samples, "--npz", folder / "samples.npz"]]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in offline.items():
             patch.setenv(name, value)
@@ -2388,81 +2065,86 @@ def evaluated(tmp_path_factory, trained, inception_file):
     run_on_ranks(2, folder, *commands, env=SHELL | offline)
     return folder
 
-GPT_SAMPLES = ["--dtype", "float32", "--cfg-scale", 2]
-
-@pytest.mark.parametrize("mode", ["tokenizer", "sets", "missing"])
-def test_ranks_evaluate_alike(mode, evaluated):
+@pytest.mark.parametrize("mode, missing", [
+    ("tokenizer", ["named", "named_real"]), ("sets", ["named", "named_real"]), ("missing", ["rfid", "lpips"])])
+def test_ranks_evaluate_alike(mode, missing, on_two_ranks):
     """Also where weights cannot be had: a rank that went on without them left the other one waiting."""
-    one, two = (json.loads((evaluated / f"{mode}{ranks}.json").read_text()) for ranks in (1, 2))
-    missing = ["rfid", "lpips"] if mode == "missing" else []
+    one, two = (json.loads((on_two_ranks / f"{mode}{ranks}.json").read_text()) for ranks in (1, 2))
     assert one.keys() == two.keys() and list(one["missing"]) == missing
     for name in one.keys() - {"missing"}:
         assert one[name] == two[name] or math.isclose(one[name], two[name], rel_tol=1e-4), name
 
-def test_evaluate_a_tokenizer_with_weights(trained, evaluated, inception_file):
-    """LPIPS and rFID of six images are what the functions that define them give."""
-    metrics = json.loads((evaluated / "tokenizer1.json").read_text())
-    model = fqgan.load_tokenizer(trained / "tokenizer.pt")
-    data = load_data(evaluated / "real", 16, False)
-    images = torch.stack([data[i][0] for i in range(6)])
-    decoded = fqgan.to_uint8(model.decode(model.encode(images)))
-    lpips = fqgan.LPIPS(evaluated / "vgg16.pth", evaluated / "vgg.pth")
-    assert math.isclose(metrics["lpips"], lpips(images, fqgan.from_uint8(decoded)).mean(), rel_tol=1e-3)
-    network = evaluate.Inception(inception_file)
-    expected = plain_distance(network(fqgan.to_uint8(images))[0], network(decoded)[0])
-    assert math.isclose(metrics["rfid"], expected, rel_tol=1e-3)
-    assert "Inception" in metrics["protocol"] and "6 images" in metrics["protocol"]
+def test_evaluate_with_weights(tmp_path, trained, six_images, inception_file, lpips_files, own_network, monkeypatch):
+    """What the functions that define the metrics give. Another network's distance is named FD, never FID."""
+    distance = evaluate.frechet_distance
 
-def test_evaluate_samples(evaluated, inception_file):
-    metrics = json.loads((evaluated / "sets1.json").read_text())
-    network = evaluate.Inception(inception_file)
-    data = load_data(evaluated / "real", 16, False)
-    real, _ = network(fqgan.to_uint8(torch.stack([data[i][0] for i in range(6)])))
-    samples = torch.from_numpy(np.load(evaluated / "fake.npz")["arr_0"])
-    fake, logits = network(samples.permute(0, 3, 1, 2))
-    precision, recall = evaluate.precision_recall(real, fake)
+    def of_64_features(mu, sigma, nu, tau):  # of 2048 it takes long
+        return distance(mu[:64], sigma[:64, :64], nu[:64], tau[:64, :64])
+
+    monkeypatch.setattr(evaluate, "frechet_distance", of_64_features)
+    tokenizer_flags, set_flags = six_images
+    data = load_data(tokenizer_flags[3], 16, False)
+    images = torch.stack([data[i][0] for i in range(6)])
+    model = fqgan.load_tokenizer(trained / "tokenizer.pt")
+    decoded = fqgan.to_uint8(model.decode(model.encode(images)))
+    samples = torch.from_numpy(np.load(set_flags[1])["arr_0"]).permute(0, 3, 1, 2)
+    inception = evaluate.Inception(inception_file)
+    real, _ = inception(fqgan.to_uint8(images))
+    fake, logits = inception(samples)
     score, deviation = evaluate.inception_score(logits)
-    expected = dict(fid=plain_distance(real, fake), precision=precision, recall=recall, inception_score=score)
-    for name, value in (expected | {"inception_score_deviation": deviation}).items():
-        assert math.isclose(metrics[name], value, rel_tol=1e-3, abs_tol=1e-6), name
+    lpips = fqgan.LPIPS(*lpips_files)(images, fqgan.from_uint8(decoded)).mean()
+    weights = ["--inception", inception_file, "--vgg", lpips_files[0], "--lpips", lpips_files[1]]
+
+    def check(name, real, fake, **others):
+        precision, recall = evaluate.precision_recall(real, fake)
+        expected = {name: plain_distance(real[:, :64], fake[:, :64]), "precision": precision, "recall": recall}
+        for figure, value in (expected | others).items():
+            assert math.isclose(metrics[figure], value, rel_tol=1e-3, abs_tol=1e-6), figure
+
+    metrics = metrics_of(tmp_path, *tokenizer_flags, *weights)
+    check("rfid", real, inception(decoded)[0], lpips=lpips)
+    assert "Inception" in metrics["protocol"] and "6 images" in metrics["protocol"]
+    metrics = metrics_of(tmp_path, *set_flags, *weights)
+    check("fid", real, fake, inception_score=score, inception_score_deviation=deviation)
     for part in ("Inception", "6 images", "fake.npz", "cropped to 16"):
         assert part in metrics["protocol"]
+    metrics = metrics_of(tmp_path, *set_flags, "--features", own_network)
+    check("fd", Pooled()(images), Pooled()(fqgan.from_uint8(samples)))
+    assert "own.pt2" in metrics["protocol"] and not metrics.keys() & {"fid", "inception_score"}
 
-def test_evaluate_two_sets(tmp_path, inception_file, own_network, capsys):
+def test_evaluate_two_sets(tmp_path, own_network, capsys):
     """A set and itself are 0 apart, never below; statistics that are kept stand for their images, and no others."""
-    real = save_noise(tmp_path / "a", 6, (16, 16))
-    save_noise(tmp_path / "b", 5, (16, 16), seed=1)
-    np.savez(tmp_path / "a.npz", arr_0=real)
-    flags = ["--real", tmp_path / "a", "--fake", tmp_path / "a.npz"]
-    itself = metrics_of(tmp_path, *flags, "--inception", inception_file)
-    assert 0 <= itself["fid"] < 1e-4 and itself["precision"] == itself["recall"] == 1
-    text = capsys.readouterr().out
-    assert "-0.00" not in text and "inception score deviation " in text
-    with refused("no file at nowhere.pth"):
-        call(evaluate, *flags, "--device", "cpu", "--inception", "nowhere.pth")
-
-    flags = ["--fake", tmp_path / "b", "--features", own_network]
-    whole = metrics_of(tmp_path, *flags, "--real", tmp_path / "a", "--save-stats", tmp_path / "stats.npz")
-    kept = metrics_of(tmp_path, *flags, "--real", tmp_path / "stats.npz")
+    a = tmp_path / "a"
+    b = tmp_path / "b"
+    stats = tmp_path / "stats.npz"
+    np.savez(tmp_path / "a.npz", arr_0=save_noise(a, 6, (16, 16)))
+    save_noise(b, 5, (16, 16), seed=1)
+    features = ["--features", own_network]
+    itself = metrics_of(tmp_path, "--real", a, "--fake", tmp_path / "a.npz", *features)
+    assert 0 <= itself["fd"] < 1e-6 and itself["precision"] == itself["recall"] == 1
+    assert "-0.00" not in capsys.readouterr().out
+    whole = metrics_of(tmp_path, "--fake", b, "--real", a, *features, "--save-stats", stats)
+    kept = metrics_of(tmp_path, "--fake", b, "--real", stats, *features)
     assert math.isclose(kept["fd"], whole["fd"], rel_tol=1e-6) and whole["fd"] > 0.1
-    assert np.load(tmp_path / "stats.npz")["count"] == 6
+    assert np.load(stats)["count"] == 6
+    for i in range(2):
+        np.savez(tmp_path / f"{i}.npz", mu=np.full(4, i), sigma=np.eye(4))
+    capsys.readouterr()
+    statistics = metrics_of(tmp_path, "--real", tmp_path / "0.npz", "--fake", tmp_path / "1.npz")
+    assert math.isclose(statistics["fid"], 4), "two files of statistics need no network"
+    assert "0.npz does not say of which network" in capsys.readouterr().out
+
     other = tmp_path / "other.pt2"  # another network of the same width
     torch.export.save(torch.export.load(own_network), other, extra_files={"x": "y"})
-    for argv, message in [(["--features", other], "statistics of another network"),
-                          (["--features", own_network, "--image-size", 12], "statistics of another image_size: 16")]:
+    for argv, message in [
+        (["--real", a, "--inception", "nowhere.pth"], "no file at nowhere.pth"),
+        (["--real", stats, "--features", other], "statistics of another network"),
+        (["--real", stats, *features, "--image-size", 12], "statistics of another image_size: 16"),
+        (["--real", stats, *features, "--save-stats", tmp_path / "again.npz"], "--save-stats is for images"),
+        (["--data", "shapes", "--fake", tmp_path / "0.npz"], "give --image-size"),
+    ]:
         with refused(message):
-            call(evaluate, "--fake", tmp_path / "b", "--real", tmp_path / "stats.npz", *argv, "--device", "cpu")
-    with refused("--save-stats is for images"):
-        again = ["--real", tmp_path / "stats.npz", "--save-stats", tmp_path / "again.npz"]
-        call(evaluate, *flags, *again, "--device", "cpu")
-    for i, name in enumerate(("c", "d")):
-        np.savez(tmp_path / f"{name}.npz", mu=np.full(4, i), sigma=np.eye(4))
-    capsys.readouterr()
-    statistics = metrics_of(tmp_path, "--real", tmp_path / "c.npz", "--fake", tmp_path / "d.npz")
-    assert math.isclose(statistics["fid"], 4), "two files of statistics need no network"
-    assert "c.npz does not say of which network" in capsys.readouterr().out
-    with refused("give --image-size"):
-        call(evaluate, "--data", "shapes", "--fake", tmp_path / "c.npz", "--device", "cpu")
+            call(evaluate, "--fake", b, *argv, "--device", "cpu")
 
 def test_sizes_of_two_sets(tmp_path, own_network):
     """The first file's size cropped all: a distance of .18 or .32, by which file that was."""
@@ -2480,94 +2162,68 @@ def test_sizes_of_two_sets(tmp_path, own_network):
         protocol("small", "mixed")
     assert protocol("small", "mixed", "--image-size", 16).count("cropped to 16") == 2
 
-def test_inception_score_of_sorted_images(monkeypatch):
+def test_inception_score_of_sorted_images():
     """5,001 images, sorted by class as a folder is, had a score of 5.0 or 5.4 in the place of 9.9."""
     logits = 100 * F.one_hot(torch.arange(10).repeat_interleave(1000), 10).float()
-    real = evaluate.Measured("", np.zeros(2), np.eye(2))
+    real = evaluate.Statistics("", np.zeros(2), np.eye(2))
     for n in (10_000, 5_001, 40):
         kept = logits[:n] if n > 5001 else logits[torch.arange(n) * 10_000 // n]
-        fake = evaluate.Measured("", np.zeros(2), np.eye(2), logits=kept)
+        fake = evaluate.Statistics("", np.zeros(2), np.eye(2), logits=kept)
         assert evaluate.compare(real, fake, None, torch.device("cpu"))[0]["inception_score"] > 9.9
     assert evaluate.inception_score(logits)[0] < 6
 
-class Maps(torch.nn.Module):
-    def forward(self, images):
-        return images
-
-class Pair(torch.nn.Module):
-    def forward(self, images):
-        return images.flatten(1), images
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit
-@pytest.mark.parametrize("network, message", [(Maps, r"gives \(6, 3, 16, 16\)"), (Pair, "fails on images")])
+@pytest.mark.parametrize("network, message", [
+    (torch.nn.Identity(), r"gives \(6, 3, 16, 16\)"),
+    (torch.nn.MaxPool2d(2, return_indices=True), "fails on images"),  # a pair
+])
 def test_a_network_whose_output_is_no_features(network, message, tmp_path):
     save_noise(tmp_path / "a", 6, (16, 16))
-    torch.jit.trace(network(), torch.zeros(2, 3, 16, 16)).save(tmp_path / "network.pt")
+    torch.jit.trace(network, torch.zeros(2, 3, 16, 16)).save(tmp_path / "network.pt")
     flags = ["--real", tmp_path / "a", "--fake", tmp_path / "a", "--features", tmp_path / "network.pt"]
     with refused(message):
         call(evaluate, *flags, "--device", "cpu")
 
 def test_another_network_in_the_place_of_inception(tmp_path, trained, own_network, offline):
-    """Its distance is named FD, never FID; where the images have classes, a probe tells how many fakes show theirs."""
+    """Where the images have classes, a probe tells how many of the reconstructions show theirs."""
     folder = make_folder(tmp_path / "classes")
-    features = []
-    for seed, n in enumerate((9, 7)):
-        pixels = torch.from_numpy(save_noise(tmp_path / "ab"[seed], n, (16, 16), seed))
-        images = fqgan.from_uint8(pixels).permute(0, 3, 1, 2)
-        features.append(Pooled()(images))
-    two = metrics_of(tmp_path, "--features", own_network, "--real", tmp_path / "a", "--fake", tmp_path / "b")
-    assert math.isclose(two["fd"], plain_distance(*features), rel_tol=1e-4)
-    assert (two["precision"], two["recall"]) == evaluate.precision_recall(*features)
-    assert "own.pt2" in two["protocol"] and not two.keys() & {"fid", "inception_score"}
-
     flags = ["--tokenizer", trained / "tokenizer.pt", "--data", folder, "--features", own_network]
     metrics = metrics_of(tmp_path, *flags, "--out", tmp_path / "e.png")
     model = fqgan.load_tokenizer(trained / "tokenizer.pt")
-    features = []
-    labels = []
-    held_out = load_data(folder, 16, False)
-    for data in (load_data(folder, 16, True), held_out):
-        items = [data[i] for i in fqgan.fixed_sample(len(data))[:5 * len(held_out)]]
-        images = torch.stack([image for image, _ in items])
-        features.append(Pooled()(images))
-        labels.append(torch.tensor([label for _, label in items]))
+    train, held_out = fqgan.load_train_and_held_out(folder, 16)
+    images, labels = items_of(held_out, len(held_out))
+    train_images, train_labels = items_of(train, 5 * len(held_out))
     decoded = fqgan.to_uint8(model.decode(model.encode(images)))
+    real = Pooled()(images)
     made = Pooled()(fqgan.from_uint8(decoded))
-    assert math.isclose(metrics["rfd"], plain_distance(features[1], made), rel_tol=1e-3)
-    assert metrics["named_real"] == evaluate.linear_probe(features[0], labels[0], features[1], labels[1])
-    assert metrics["named"] == evaluate.linear_probe(features[0], labels[0], made, labels[1])
+    fitted = Pooled()(train_images), train_labels
+    assert math.isclose(metrics["rfd"], plain_distance(real, made), rel_tol=1e-3)
+    assert metrics["named_real"] == evaluate.linear_probe(*fitted, real, labels)
+    assert metrics["named"] == evaluate.linear_probe(*fitted, made, labels)
 
-def test_samples_are_named(tmp_path, trained, own_network, offline):
+def test_samples_are_named(tmp_path, trained, own_network):
     """By their labels, where the classes have the same names in the same order: others were compared by number."""
-    call(sample, "--gpt", trained / "gpt.pt", "--n", 30, "--device", "cpu", "--npz", tmp_path / "fake.npz")
-    flags = ["--features", own_network, "--fake", tmp_path / "fake.npz"]
+    path = tmp_path / "fake.npz"
+    call(sample, "--gpt", trained / "gpt.pt", "--n", 30, "--device", "cpu", "--npz", path)
+    flags = ["--features", own_network, "--fake", path]
     shapes = metrics_of(tmp_path, *flags, "--data", "shapes")
     assert {"fd", "precision", "recall", "named", "named_real"} <= shapes.keys() and shapes["missing"] == {}
     assert shapes["named_real"] > 0.2 and "against 2000 images, shapes, held-out part" in shapes["protocol"]
     assert "frequent" not in shapes["protocol"]
 
-    data = load_data("shapes", 16, False)
     for i in range(80):
-        path = tmp_path / "real" / data.classes[data[i][1]] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torchvision.transforms.functional.to_pil_image(fqgan.to_uint8(data[i][0])).save(path)
+        image, label = fqgan.Shapes(16, False)[i]
+        folder = tmp_path / "real" / fqgan.Shapes.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
     flags += ["--real", tmp_path / "real"]
     sorted_names = metrics_of(tmp_path, *flags)
     assert sorted_names["named"] is None and "the classes differ: circle" in sorted_names["missing"]["named"]
-    arrays = dict(np.load(tmp_path / "fake.npz"))
+    arrays = dict(np.load(path))
     order = np.argsort(arrays["classes"])
-    np.savez(tmp_path / "fake.npz", arr_0=arrays["arr_0"], labels=order.argsort()[arrays["labels"]],
-             classes=arrays["classes"][order])
+    labels = order.argsort()[arrays["labels"]]
+    np.savez(path, arr_0=arrays["arr_0"], labels=labels, classes=arrays["classes"][order])
     assert metrics_of(tmp_path, *flags)["named"] is not None
-    np.savez(tmp_path / "fake.npz", arr_0=arrays["arr_0"], labels=np.zeros(30, int))
+    np.savez(path, arr_0=arrays["arr_0"], labels=np.zeros(30, int))
     without_names = metrics_of(tmp_path, *flags)
     assert "not equally frequent" in without_names["protocol"] and without_names["named"] is not None
-
-def test_unreadable_images_in_the_held_out_part(tmp_path, capsys):
-    """2 of 300, both held out, ended the run at its first evaluation: the 1 % is of the whole data set."""
-    folder = make_folder(tmp_path / "images", each=150)
-    for path, _ in load_data(folder, 16, False).source.samples[:2]:
-        Path(path).write_bytes(b"")
-    call(train_tokenizer, "--out", tmp_path, "--data", folder, *TINY_RUN, "--eval-images", 60)
-    assert capsys.readouterr().err.count("skipped") == 2
-    assert load(tmp_path / "tokenizer.pt")["step"] == 4

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor, ten_crop
 
 from fqgan import (
-    FQGAN, FQGANConfig, GPT, GPTConfig, all_reduce, append_row, autocast, barrier, build_model,
-    catch_signals, center_crop, check, check_apart, claim, cli, compiled, data_parts, duration,
-    fixed_sample, flag, from_uint8, init_distributed, leave_signals_to_main, load_checkpoint,
-    on_any_rank, only_shown, parse_flags, pick, pick_dtype, print0, rank,
-    resumed_settings, save_checkpoint, save_grid, training_batches, world_size)
+    all_reduce, append_row, autocast, barrier, batches_of_this_rank, build_model, catch_signals, center_crop, check,
+    cli, compiled, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, GPT, GPTConfig, ignore_signals,
+    load_checkpoint, load_train_and_held_out, lock_output, on_any_rank, parse_flags, pick_dtype, print0, rank,
+    refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range,
+    training_batches, warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -54,11 +54,11 @@ class TrainConfig:
     tokenizer: str = flag("", "the tokenizer's checkpoint; empty: tokenizer.pt in --out")
     data: str = flag("", "`shapes`, a folder, cifar10 or cifar100; empty: the tokenizer's")
     out: str = flag("out", "folder for checkpoint, tokens, gpt_log.csv and samples.png")
-    crops: int = flag(1, "views of each image: 1, 2 (and mirrored), 10 (5 places, mirrored)", 1)
+    crops: int = flag(1, "views of each image: 1, 2 (and mirrored), 10 (5 places, mirrored)", at_least=1)
     cfg_scale: float = flag(1.5, "guidance of the sample pictures")
-    steps: int = flag(1_501_368, "optimizer steps; 300 epochs of ImageNet are 1501368", 1)
-    batch_size: int = flag(256, "images a step, over all processes", 1)
-    accumulate: int = flag(1, "micro-batches a step is computed in, to save memory", 1)
+    steps: int = flag(1_501_368, "optimizer steps; 300 epochs of ImageNet are 1501368", at_least=1)
+    batch_size: int = flag(256, "images a step, over all processes", at_least=1)
+    accumulate: int = flag(1, "micro-batches a step is computed in, to save memory", at_least=1)
     lr: float = flag(2e-4, "learning rate")
     warmup: int = flag(0, "steps over which the learning rate rises from 0")
     final_lr: float = flag(1.0, "share of the learning rate at the end of a cosine decay; 1: none")
@@ -70,9 +70,9 @@ class TrainConfig:
     dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 where it is fast")
     compile: bool = flag(False, "compile the model")
     workers: int = flag(8, "processes that load images; 0: none besides the main one")
-    log_every: int = flag(50, "steps between progress lines, each with that step's loss", 1)
-    eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint", 1)
-    eval_images: int = flag(2000, "held-out images to evaluate on, at most", 1)
+    log_every: int = flag(50, "steps between progress lines, each with that step's loss", at_least=1)
+    eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint", at_least=1)
+    eval_images: int = flag(2000, "held-out images to evaluate on, at most", at_least=1)
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
@@ -99,7 +99,7 @@ class Views(Dataset):
 @torch.no_grad()
 def encode(path, data, tokenizer, num_views, args, device):
     """
-    Writes the codes of a data set to a .npy file, which takes its name when it is whole: a record an image, of its
+    Writes the codes of a data set to a .npy file, which gets its name when it is complete. An image is one record: its
     label and its ids (views, k, h, w). Every rank encodes its share, in float32.
     """
     c = tokenizer.config
@@ -109,17 +109,16 @@ def encode(path, data, tokenizer, num_views, args, device):
     print0(f"encoding {data.description}")
     if rank() == 0:
         records = np.lib.format.open_memmap(tmp, "w+", record_type, (len(data),))
-        if hasattr(os, "posix_fallocate"):  # writing through the map where there is no room would be a bus error
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a crash while the map is written
             with open(tmp, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, records.offset + records.nbytes)
     barrier()
     records = np.load(tmp, mmap_mode="r+")
     size = max(1, 64 // num_views)
-    starts = range(rank() * size, len(data), world_size() * size)
-    batches = [range(start, min(start + size, len(data))) for start in starts]
+    batches = batches_of_this_rank(len(data), size)
     start_time = told = time.time()
     loader = DataLoader(Views(data, num_views), batch_sampler=batches, num_workers=args.workers,
-                        worker_init_fn=leave_signals_to_main)
+                        worker_init_fn=ignore_signals)
     for i, (images, labels) in enumerate(loader):
         ids = tokenizer.encode(images.flatten(0, 1).to(device))  # (batch * views, k, h, w)
         batch = slice(batches[i].start, batches[i].stop)
@@ -143,7 +142,7 @@ def read_tokens(path):
         return None
 
 def get_batch(records, indices, views, device):
-    """Records' numbers, and which view of each -> (ids (B,k,h,w) int64, labels (B,))"""
+    """indices: of B records; views: which view of each, or one number for all -> (ids (B,k,h,w) int64, labels (B,))"""
     batch = records[indices]
     ids = torch.from_numpy(batch["ids"][np.arange(len(indices)), views].astype(np.int64))
     labels = torch.from_numpy(batch["label"].astype(np.int64))
@@ -165,7 +164,8 @@ def lr_at(step, args):
 def evaluate(model, records, args, device):
     """Cross-entropy of each sub-codebook's codes, in nats, on --eval-images of the held-out images: (k)."""
     k = model.config.k
-    indices = fixed_sample(len(records))[:args.eval_images][rank()::world_size()]
+    indices = shuffled_range(len(records))[:args.eval_images]
+    indices = indices[rank()::world_size()]
     size = min(32, args.batch_size // (args.accumulate * world_size()))  # all logits at once take memory
     total = torch.zeros(k + 1, device=device)  # sums of the k cross-entropies, number of images
     for i in range(0, len(indices), size):
@@ -192,20 +192,20 @@ def sample_rows(model, tokenizer, classes, args, device):
 
 def main():
     # settings
-    flags = parse_flags(__doc__, PRESETS, GPTConfig, TrainConfig)
+    flags = parse_flags(__doc__, PRESETS, GPTConfig, TrainConfig)  # those that are given
     path = Path(flags.get("out", "out")) / "gpt.pt"
-    state = {}
+    state = {}  # the checkpoint that is resumed
     if flags.get("resume"):
         state = load_checkpoint(path, "gpt")
-        settings = resumed_settings(state, path, flags)
+        settings = resumed_settings(state, path, flags)  # the checkpoint's, and of the flags the few that may differ
     else:
-        # flags go first, then the preset, the defaults of the configs
+        # flags win over the preset; what neither gives has its default
         settings = PRESETS[flags.get("preset", "tiny")] | flags
-    args = pick(TrainConfig, settings)
+    args = from_settings(TrainConfig, settings)
     check(args.crops in (1, 2, 10), f"--crops {args.crops}: choose 1, 2 or 10")
 
     # processes
-    device = init_distributed(args.device, args.seed)
+    device = setup_device(args.device, args.seed)
     dtype = pick_dtype(args.dtype, device)
     num_parts = world_size() * args.accumulate
     check(args.batch_size % num_parts == 0,
@@ -222,48 +222,48 @@ def main():
         tokenizer = build_model(FQGAN, FQGANConfig, tokenizer_state, tokenizer_path, device)
         args.data = args.data or tokenizer_state.get("settings", {}).get("data", "")
         check(args.data, f"{tokenizer_path} does not say what it was trained on: name the images with --data")
-    check_apart(path, args.data)
+    refuse_output_inside_data(path, args.data)
     if rank() == 0:
-        claim(path, must_be_new=not state and not args.overwrite)
+        lock_output(path, must_be_new=not state and not args.overwrite)
     files = [path.with_name("tokens_train.npy"), path.with_name("tokens_val.npy")]
     encoding = not state or any(read_tokens(file) is None for file in files)
     if encoding:
-        parts = data_parts(args.data, tokenizer.config.image_size)
-        check(not state or classes == parts[0].classes, f"{args.data} has other classes than the run in {path}")
-        classes = parts[0].classes
-        check(len(parts[0]) >= args.batch_size,
-              f"{parts[0].description} are fewer than one batch; give a smaller --batch-size")
-    t = tokenizer.config
-    settings |= dict(k=t.k, vocab_size=t.codebook_size, grid=t.grid, num_classes=len(classes))
-    config = pick(GPTConfig, settings)
+        train_data, val_data = load_train_and_held_out(args.data, tokenizer.config.image_size)
+        check(not state or classes == train_data.classes, f"{args.data} has other classes than the run in {path}")
+        classes = train_data.classes
+        check(len(train_data) >= args.batch_size,
+              f"{train_data.description} are fewer than one batch; give a smaller --batch-size")
+    settings |= dict(k=tokenizer.config.k, vocab_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
+                     num_classes=len(classes))
+    config = from_settings(GPTConfig, settings)  # before the encoding, which takes long: it may be refused
     if encoding:
         if rank() == 0 and not state:
-            path.unlink(missing_ok=True)  # of another run: it must not be resumed with these tokens
-        for file, data, num_views in zip(files, parts, (args.crops, 1)):
-            encode(file, data, tokenizer, num_views, args, device)
+            path.unlink(missing_ok=True)  # the checkpoint of another run: it must not be resumed with these tokens
+        encode(files[0], train_data, tokenizer, args.crops, args, device)
+        encode(files[1], val_data, tokenizer, 1, args, device)
     train_tokens, val_tokens = [read_tokens(file) for file in files]
 
-    # model and optimizers
-    torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
+    # model and optimizers; the same first weights whatever was drawn before
+    torch.manual_seed(args.seed % 2**63)
     model = GPT(config).to(device)
-    if args.muon:
+    if args.muon:  # every block starts as the identity
         for block in (*model.trunk, *model.head):
             torch.nn.init.zeros_(block.attn.proj.weight)
             torch.nn.init.zeros_(block.mlp.w2.weight)
-    hidden = []
-    matrices = []
+    muon_matrices = []
+    adamw_matrices = []
     vectors = []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
         elif args.muon and name.startswith(("trunk.", "head.")):
-            hidden.append(p)
+            muon_matrices.append(p)
         else:
-            matrices.append(p)
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
+            adamw_matrices.append(p)
+    groups = [dict(params=adamw_matrices, weight_decay=args.weight_decay), dict(params=vectors, weight_decay=0.0)]
     optimizers = {"optimizer": torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)}
-    if hidden:  # updates scaled to the size of AdamW's, so that the learning rate is the same
-        optimizers["muon"] = torch.optim.Muon(hidden, lr=args.lr, weight_decay=args.weight_decay,
+    if muon_matrices:  # updates scaled to the size of AdamW's, so that the learning rate is the same
+        optimizers["muon"] = torch.optim.Muon(muon_matrices, lr=args.lr, weight_decay=args.weight_decay,
                                               adjust_lr_fn="match_rms_adamw")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "scaler": scaler, **optimizers}  # what a checkpoint holds
@@ -278,20 +278,21 @@ def main():
             print0(f"the schedule is now that of {args.steps} steps: the learning rate goes on at "
                    f"{lr_at(step, args):.2g} in place of {lr_at(step, old_args):.2g}")
     elif rank() == 0:
-        with only_shown(path.with_name("gpt_log.csv")) as log:
+        with warn_if_unwritable(path.with_name("gpt_log.csv")) as log:
             log.unlink(missing_ok=True)
 
     def save():
         contents = {name: part.state_dict() for name, part in parts.items()}
-        contents |= {"kind": "gpt", "config": asdict(config), "settings": asdict(args), "step": step,
-                     "classes": classes, "tokenizer": {"config": asdict(t), "model": tokenizer.state_dict()}}
+        contents |= {"kind": "gpt", "config": asdict(config), "settings": asdict(args), "step": step}
+        contents["classes"] = classes
+        contents["tokenizer"] = {"config": asdict(tokenizer.config), "model": tokenizer.state_dict()}
         save_checkpoint(path, contents)
 
-    # now, so that a full disk is known at once
+    # before the first step, so that a full disk is known at once
     if rank() == 0:
         save()
 
-    # what the training step calls
+    # what the training step calls: model, batches
     parallel_model = compiled(model) if args.compile else model
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
@@ -305,7 +306,7 @@ def main():
     print0(f"{args.data}: {len(train_tokens)} training images, {len(val_tokens)} held out")
     print0(f"steps {step} to {args.steps} of {args.batch_size} images, {world_size()} x {device.type}, {dtype}")
 
-    signals = catch_signals()
+    signals = catch_signals()  # a list: empty until Ctrl-C or a signal that ends the job
     num_skipped = 0  # steps in a row that were not finite
     first_step, start_time = step, time.time()
     stopping = False
@@ -369,7 +370,7 @@ def main():
             print0(f"step {step}/{args.steps}  held out: {val_loss:.4f} nats a code, of the sub-codebooks "
                    + " ".join(f"{each:.3f}" for each in val_losses))
             if rank() == 0:
-                with only_shown(path.with_name("samples.png")) as picture:
+                with warn_if_unwritable(path.with_name("samples.png")) as picture:
                     save_grid(picture, sample_rows(model, tokenizer, classes, args, device))
             model.train()
 

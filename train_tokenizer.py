@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from fqgan import (
-    Discriminator, FQGAN, FQGANConfig, LPIPS, RandomFeatures, UserError, all_reduce, append_row,
-    autocast, barrier, catch_signals, center_crop, check, check_apart, claim, cli, code_usage, compiled,
-    data_parts, duration, fixed_sample, flag, from_uint8, hinge_loss, init_distributed,
-    leave_signals_to_main, load_checkpoint, load_teacher, on_any_rank, one_line,
-    only_shown, parse_flags, pick, pick_dtype, print0, psnr, random_crop, rank,
-    reconstruction_rows, resumed_settings, save_checkpoint, save_grid, training_batches, world_size)
+    all_reduce, append_row, autocast, barrier, catch_signals, center_crop, check, cli, code_usage, compiled,
+    Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss, ignore_signals,
+    load_checkpoint, load_teacher, load_train_and_held_out, lock_output, LPIPS, on_any_rank, one_line, parse_flags,
+    pick_dtype, print0, psnr, random_crop, RandomFeatures, rank, reconstruction_rows, refuse_output_inside_data,
+    resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range, training_batches, UserError,
+    warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -48,7 +48,7 @@ PRESETS = {
 PAPER_TEACHERS = {
     1: "none",
     2: "teachers/clip_vitl14.pt2",
-    3: "teachers/dinov2_vits14.pt2,teachers/clip_vitb16.pt2",  # and of more sub-codebooks
+    3: "teachers/dinov2_vits14.pt2,teachers/clip_vitb16.pt2",  # also with more than three sub-codebooks
 }
 
 @dataclass
@@ -60,9 +60,14 @@ class TrainConfig:
     teachers: str = flag("paper", "files of frozen networks that supervise the last sub-codebooks, "
                          "with commas between; none; or paper: the paper's for this k")
     init: str = flag("", "a checkpoint to start from: its weights, shape and loss weights")
-    steps: int = flag(200_183, "optimizer steps; 40 epochs of ImageNet are 200183", 1)
-    batch_size: int = flag(256, "images a step, over all processes", 1)
-    accumulate: int = flag(1, "micro-batches a step is computed in; batch statistics are theirs", 1)
+    entropy_final: float = flag(1.0, "share of --entropy-weight at the end of its exponential decay", at_least=1e-9)
+    perceptual: str = flag("lpips", "features that the perceptual loss compares: lpips (VGG-16's), random")
+    perceptual_weight: float = flag(1.0, "weight of the perceptual loss; 0 for none")
+    disc_weight: float = flag(0.5, "weight of the adversarial losses; 0 for no discriminator")
+    disc_start: int = flag(20_000, "step from which the adversarial losses are on")
+    steps: int = flag(200_183, "optimizer steps; 40 epochs of ImageNet are 200183", at_least=1)
+    batch_size: int = flag(256, "images a step, over all processes", at_least=1)
+    accumulate: int = flag(1, "micro-batches a step is computed in; batch statistics are theirs", at_least=1)
     lr: float = flag(2e-4, "learning rate")
     disc_lr: float = flag(2e-4, "learning rate of the discriminator")
     warmup: int = flag(0, "steps over which the learning rates rise from 0")
@@ -73,9 +78,9 @@ class TrainConfig:
     dtype: str = flag("auto", "float32, bfloat16, float16; auto: bfloat16 where it is fast")
     compile: bool = flag(False, "compile the model")
     workers: int = flag(8, "processes that load data; 0: none besides the main one")
-    log_every: int = flag(50, "steps between progress lines, each with that step's losses", 1)
-    eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint", 1)
-    eval_images: int = flag(2000, "held-out images to evaluate on, at most", 1)
+    log_every: int = flag(50, "steps between progress lines, each with that step's losses", at_least=1)
+    eval_every: int = flag(2500, "steps between evaluations, each with a checkpoint", at_least=1)
+    eval_images: int = flag(2000, "held-out images to evaluate on, at most", at_least=1)
     resume: bool = flag(False, "continue the run in --out exactly where it stopped")
     overwrite: bool = flag(False, "replace another run's checkpoint in --out")
 
@@ -83,13 +88,13 @@ class TrainConfig:
 # Helpers
 
 class TrainingItems(Dataset):
-    """A data set as it is trained on: with random crops. An item is asked for by a Draw."""
+    """An ImageData as training sees it: a Draw gives a random crop; of images that are not augmented, the center."""
 
     def __init__(self, data):
         self.data = data
 
     def __getitem__(self, draw):
-        image, label = self.data.read(draw.index)
+        image, label = self.data.read(draw.index)  # a whole PIL image
         if self.data.augment:
             crop = random_crop(image, self.data.image_size, random.Random(draw.seed))
         else:
@@ -126,13 +131,14 @@ def load_init(model, weights, path):
 def evaluate(model, data, args, device):
     """PSNR (dB, mean over images), and how often each sub-codebook's codes are chosen, on --eval-images of `data`."""
     config = model.config
-    indices = fixed_sample(len(data))[:args.eval_images][rank()::world_size()]
+    indices = shuffled_range(len(data))[:args.eval_images]
+    indices = indices[rank()::world_size()]
     size = args.batch_size // (args.accumulate * world_size())
     batches = [indices[i:i + size] for i in range(0, len(indices), size)]
     total = torch.zeros(2, device=device)  # sum of PSNR, number of images
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)
     loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers,
-                        worker_init_fn=leave_signals_to_main)
+                        worker_init_fn=ignore_signals)
     # in float32, whatever the model trains in
     for images, _ in loader:
         images = images.to(device)
@@ -160,39 +166,39 @@ def joined(values, form):
 
 def main():
     # settings
-    flags = parse_flags(__doc__, PRESETS, FQGANConfig, TrainConfig)
+    flags = parse_flags(__doc__, PRESETS, FQGANConfig, TrainConfig)  # those that are given
     path = Path(flags.get("out", "out")) / "tokenizer.pt"
-    state = {}
-    init = {}
+    state = {}  # the checkpoint that is resumed
+    init = {}  # the one of --init
     if flags.get("resume"):
         state = load_checkpoint(path, "tokenizer")
-        settings = resumed_settings(state, path, flags)
+        settings = resumed_settings(state, path, flags)  # the checkpoint's, and of the flags the few that may differ
     else:
         if flags.get("init"):
             init = load_checkpoint(flags["init"], "tokenizer")
-        # flags go first, then the shape of --init (but teachers are this run's), the preset, the configs' defaults
+        # later ones win: the preset, the config of --init (not its teachers), flags; what none gives has its default
         settings = PRESETS[flags.get("preset", "tiny")] | init.get("config", {}) | {"teacher_widths": ()} | flags
-    args = pick(TrainConfig, settings)
-    config = pick(FQGANConfig, settings)
-    check(config.perceptual in ("lpips", "random"), f"--perceptual {config.perceptual}: choose lpips or random")
-    check(not config.perceptual_weight or config.image_size >= 16,
+    # each config takes the fields that are its own
+    args = from_settings(TrainConfig, settings)
+    config = from_settings(FQGANConfig, settings)
+    check(args.perceptual in ("lpips", "random"), f"--perceptual {args.perceptual}: choose lpips or random")
+    check(not args.perceptual_weight or config.image_size >= 16,
           f"--image-size {config.image_size} is too small for the perceptual loss: 16 or more, "
           "or --perceptual-weight 0")
-    check(not config.disc_weight or config.image_size >= 24,
+    check(not args.disc_weight or config.image_size >= 24,
           f"--image-size {config.image_size} is too small for the discriminator: 24 or more, "
           "or --disc-weight 0")
-    check(config.k > 1 or not config.decorrelate_weight, "--decorrelate-weight needs two sub-codebooks: k is 1")
-    check_apart(path, args.data)
+    refuse_output_inside_data(path, args.data)
 
     # processes
-    device = init_distributed(args.device, args.seed)
+    device = setup_device(args.device, args.seed)
     dtype = pick_dtype(args.dtype, device)
     num_parts = world_size() * args.accumulate
     check(args.batch_size % num_parts == 0,
           f"--batch-size {args.batch_size} is not divisible by {world_size()} processes "
           f"x --accumulate {args.accumulate}")
     if rank() == 0:
-        claim(path, must_be_new=not state and not args.overwrite)
+        lock_output(path, must_be_new=not state and not args.overwrite)
 
     # teachers, perceptual loss, data
     names = PAPER_TEACHERS[min(config.k, 3)] if args.teachers == "paper" else args.teachers
@@ -201,15 +207,15 @@ def main():
     widths = [feature_width(teacher, name, config.image_size, device) for teacher, name in zip(teachers, names)]
     config = replace(config, teacher_widths=tuple(widths))
     perceptual = None
-    if config.perceptual_weight:
-        perceptual = LPIPS() if config.perceptual == "lpips" else RandomFeatures()
+    if args.perceptual_weight:
+        perceptual = LPIPS() if args.perceptual == "lpips" else RandomFeatures()
         perceptual.to(device)
-    train_data, val_data = data_parts(args.data, config.image_size)
+    train_data, val_data = load_train_and_held_out(args.data, config.image_size)
     check(len(train_data) >= args.batch_size,
           f"{train_data.description} are fewer than one batch; give a smaller --batch-size")
 
-    # model and optimizers
-    torch.manual_seed(args.seed % 2**63)  # the same weights whatever was loaded before
+    # model and optimizers; the same first weights whatever was drawn before
+    torch.manual_seed(args.seed % 2**63)
     model = FQGAN(config).to(device)
     if init:
         load_init(model, init["model"], args.init)
@@ -218,7 +224,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}  # what a checkpoint holds
     disc = None
-    if config.disc_weight:
+    if args.disc_weight:
         disc = Discriminator().to(device)
         disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.disc_lr, **adam)
         parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
@@ -233,7 +239,7 @@ def main():
             print0(f"all schedules are now those of {args.steps} steps: the learning rate goes on at "
                    f"{args.lr * lr_factor(step, args):.2g} in place of {args.lr * lr_factor(step, old_args):.2g}")
     elif rank() == 0:
-        with only_shown(path.with_name("log.csv")) as log:
+        with warn_if_unwritable(path.with_name("log.csv")) as log:
             log.unlink(missing_ok=True)
 
     def save():
@@ -241,19 +247,19 @@ def main():
         contents |= {"kind": "tokenizer", "config": asdict(config), "settings": asdict(args), "step": step}
         save_checkpoint(path, contents)
 
-    # now, so that a full disk is known at once
+    # before the first step, so that a full disk is known at once
     if rank() == 0:
         save()
 
-    # what the training step calls
+    # what the training step calls: model, discriminator, batches
     parallel_model = compiled(model) if args.compile else model
     parallel_disc = disc
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
         parallel_disc = DistributedDataParallel(disc, broadcast_buffers=False) if disc else None
-    order = training_batches(len(train_data), args.seed, step, args.steps, args.batch_size, args.accumulate)
-    loader = DataLoader(TrainingItems(train_data), batch_sampler=order, num_workers=args.workers,
-                        worker_init_fn=leave_signals_to_main, pin_memory=device.type == "cuda",
+    micro_batches = training_batches(len(train_data), args.seed, step, args.steps, args.batch_size, args.accumulate)
+    loader = DataLoader(TrainingItems(train_data), batch_sampler=micro_batches, num_workers=args.workers,
+                        worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
                         prefetch_factor=4 if args.workers else None)
     batches = iter(loader)
 
@@ -265,13 +271,14 @@ def main():
     print0(f"held out: {val_data.description}")
     print0(f"steps {step} to {args.steps} of {args.batch_size} images, "
            f"{world_size()} x {device.type}, {dtype}")
-    losses = ("commit", "entropy", "disentangle", "representation", "perceptual", "disc")
-    off = [name for name in losses if not getattr(config, f"{name}_weight")]
+    weights = asdict(config) | asdict(args)
+    names = ("commit", "entropy", "disentangle", "representation", "perceptual", "disc")
+    off = [name for name in names if not weights[f"{name}_weight"]]
     if not teachers and config.representation_weight:
         off.append("representation (no --teachers)")
     print0(f"losses that are off: {', '.join(off) or 'none'}")
 
-    signals = catch_signals()
+    signals = catch_signals()  # a list: empty until Ctrl-C or a signal that ends the job
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)  # of codes, for the log
     num_skipped = 0  # steps in a row that were not finite
     first_step, start_time = step, time.time()
@@ -283,8 +290,8 @@ def main():
         if disc:
             for group in disc_optimizer.param_groups:
                 group["lr"] = args.disc_lr * lr_factor(step, args)
-        entropy_decay = config.entropy_final ** (step / args.steps)
-        adversarial = disc is not None and step >= config.disc_start
+        entropy_decay = args.entropy_final ** (step / args.steps)
+        adversarial = disc is not None and step >= args.disc_start
 
         step_losses = {}
         step_disc_loss = torch.zeros((), device=device)
@@ -303,10 +310,10 @@ def main():
                 reconstruction, losses = parallel_model(images, features)
                 losses["entropy"] = entropy_decay * losses["entropy"]
                 if perceptual:
-                    losses["perceptual"] = config.perceptual_weight * perceptual(images, reconstruction).mean()
+                    losses["perceptual"] = args.perceptual_weight * perceptual(images, reconstruction).mean()
                 if adversarial:
-                    disc.requires_grad_(False)  # it gets no gradient here, and so needs no DDP
-                    losses["adversarial"] = -config.disc_weight * disc(reconstruction).float().mean()
+                    disc.requires_grad_(False)  # the tokenizer learns from it; it does not learn itself here
+                    losses["adversarial"] = -args.disc_weight * disc(reconstruction).float().mean()
                     disc.requires_grad_(True)
             loss = sum(losses.values()) / args.accumulate
             scaler.scale(loss).backward()
@@ -316,7 +323,7 @@ def main():
                 with autocast(device, dtype):
                     real = parallel_disc(images)
                     fake = parallel_disc(reconstruction.detach())
-                    disc_loss = config.disc_weight * hinge_loss(real, fake) / args.accumulate
+                    disc_loss = args.disc_weight * hinge_loss(real, fake) / args.accumulate
                 scaler.scale(disc_loss).backward()
                 step_disc_loss += disc_loss.detach()
 
@@ -325,7 +332,7 @@ def main():
                 step_losses[name] = step_losses.get(name, 0) + value.detach() / args.accumulate
             count_codes(counts, [branch.quantizer.last_ids for branch in model.branches])
 
-        # step, unless a gradient is not finite
+        # each network steps, unless its own gradient is not finite
         all_finite = True
         updates = [(model, optimizer)]
         if adversarial:
@@ -351,9 +358,9 @@ def main():
 
         if logging:
             values = all_reduce(torch.stack([*step_losses.values(), step_disc_loss])) / world_size()
-            *values, disc_value = values.tolist()
-            terms = [f"{name} {value:.4f}" for name, value in zip(step_losses, values)]
-            text = f"loss {sum(values):.4f} = {' + '.join(terms)}"
+            *loss_values, disc_value = values.tolist()
+            terms = [f"{name} {value:.4f}" for name, value in zip(step_losses, loss_values)]
+            text = f"loss {sum(loss_values):.4f} = {' + '.join(terms)}"
             if adversarial:
                 text += f" | discriminator {disc_value:.3f}"
             usage, perplexity = code_usage(all_reduce(counts))
@@ -377,15 +384,15 @@ def main():
             print0(f"step {step}/{args.steps}  held out: PSNR {val_psnr:.2f} dB, {int(val_counts[0].sum())} tokens, "
                    f"codes used {joined(100 * val_usage, '.1f')} %, perplexity {joined(val_perplexity, '.0f')}")
             if rank() == 0:
-                images = [val_data[i][0] for i in fixed_sample(len(val_data))[:10]]
-                with only_shown(path.with_name("recon.png")) as picture:
+                images = [val_data[i][0] for i in shuffled_range(len(val_data))[:10]]
+                with warn_if_unwritable(path.with_name("recon.png")) as picture:
                     save_grid(picture, reconstruction_rows(model, torch.stack(images).to(device)))
             model.train()
 
         # log
         if logging and rank() == 0:
-            row = {"step": step, "lr": args.lr * lr_factor(step - 1, args), "loss": sum(values)}
-            row |= dict(zip(step_losses, values))
+            row = {"step": step, "lr": args.lr * lr_factor(step - 1, args), "loss": sum(loss_values)}
+            row |= dict(zip(step_losses, loss_values))
             if disc:
                 row.setdefault("adversarial", 0.0)  # before --disc-start
                 row["discriminator"] = disc_value

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fqgan import (
-    FQGAN, FQGANConfig, GPT, GPTConfig, MLP, Parser, UserError, ViT, build_model, check, cli, fetch, one_line,
+    FQGAN, FQGANConfig, GPT, GPTConfig, MLP, Parser, UserError, ViT, build_model, check, cli, cached_download, one_line,
     save_checkpoint)
 
 # -----------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def dinov2_weights(state):
 def convert_teacher(name, out, weights):
     """A published network, from the local file `weights` or fetched -> a torch.export file"""
     check(out.suffix == ".pt2", f"{out}: the name of a network must end in .pt2")
-    path = fetch(*TEACHERS[name], local=weights)
+    path = cached_download(*TEACHERS[name], local=weights)
     is_clip = name.startswith("clip")
     try:
         try:
