@@ -281,9 +281,9 @@ class FQGANConfig:
 
 def rotary_table(grid, head_dim):
     """
-    (2, 1 + grid^2, head_dim): cosines, and sines as (-sin, sin) for each pair, of the class token and the
-    grid, row by row. The first half of the pairs turns by the row, the second by the column. The class
-    token's entries are zeros, as in the official code: every position attends to it with a score of 0.
+    The table (2, 1 + grid^2, head_dim) of rotate(): cosines, then sines, which for each pair are (-sin, sin). First
+    comes the class token, then the grid's positions, row by row. The first half of the pairs turns by a position's row,
+    the second by its column. The class token's entries are zeros, as in the official code, and so are its scores.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
     angle = torch.arange(grid)[:, None] * frequency  # (grid, head_dim/4)
@@ -1129,8 +1129,8 @@ def is_image(path):
 
 class Folder(torchvision.datasets.DatasetFolder):
     """
-    (PIL image, label) of a folder of class folders, with images at any depth, or of a flat folder, which is one class.
-    A folder without images is no class.
+    (PIL image, label) of a folder of class folders, with images at any depth; or of a flat folder, which is one class
+    (its folder is "", the root itself). A folder without images is no class.
     """
 
     def __init__(self, root):
@@ -1373,7 +1373,7 @@ def cached_download(url, sha256, local=None):
     return path
 
 def load_weights(module, path, pattern="(.+)"):
-    """Loads a file's tensors whose names fit the pattern; its groups make up their names in `module`."""
+    """Loads a file's tensors whose names match the pattern. Its groups, joined by dots, are their names in `module`."""
     try:
         state = {}
         for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():

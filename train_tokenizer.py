@@ -299,9 +299,9 @@ def main():
             images, _ = next(batches)
             images = images.to(device, non_blocking=True)
             if world_size() > 1:  # ranks exchange gradients in the last backward pass only
-                for part in (parallel_model, parallel_disc):
-                    if part:
-                        part.require_backward_grad_sync = micro_step == args.accumulate - 1
+                parallel_model.require_backward_grad_sync = micro_step == args.accumulate - 1
+                if disc:
+                    parallel_disc.require_backward_grad_sync = micro_step == args.accumulate - 1
 
             # the tokenizer's loss: a sum of losses that have their weights in them
             with autocast(device, dtype):
@@ -391,10 +391,10 @@ def main():
 
         # log
         if logging and rank() == 0:
-            row = {"step": step, "lr": args.lr * lr_factor(step - 1, args), "loss": sum(loss_values)}
+            row = {"step": step, "lr": optimizer.param_groups[0]["lr"], "loss": sum(loss_values)}
             row |= dict(zip(step_losses, loss_values))
             if disc:
-                row.setdefault("adversarial", 0.0)  # before --disc-start
+                row.setdefault("adversarial", 0.0)  # a column also before --disc-start
                 row["discriminator"] = disc_value
             row |= by_codebook("usage", usage) | by_codebook("perplexity", perplexity)
             row |= {"val_psnr": val_psnr}
