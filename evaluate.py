@@ -287,11 +287,13 @@ class ImageSet:
 
     def check_saved(self, network, size):
         """Refuses statistics of another network, or of images of another size."""
-        found = {name: self.saved[name].item() for name in ("network", "image_size") if name in self.saved}
-        expected = {"network": network.digest if network else found.get("network"), "image_size": size}
-        for name, value in found.items():
-            check(value == expected[name],
-                  f"{self.path} holds statistics of another {name}: {value}, not {expected[name]}")
+        expected = {"image_size": size}
+        if network:
+            expected["network"] = network.digest
+        for name in expected.keys() & self.saved.keys():
+            found = self.saved[name].item()
+            check(found == expected[name],
+                  f"{self.path} holds statistics of another {name}: {found}, not {expected[name]}")
         if self.saved and "network" not in self.saved:
             print0(f"{self.path} does not say of which network its statistics are: taken to be of this one")
 
@@ -325,7 +327,7 @@ def collect(batches, what):
         ranks = [None] * world_size()
         dist.all_gather_object(ranks, parts)
     num_batches = sum(len(parts) for parts in ranks)
-    parts = [ranks[i % len(ranks)][i // len(ranks)] for i in range(num_batches)]  # as batches_of_this_rank deals them
+    parts = [ranks[i % len(ranks)][i // len(ranks)] for i in range(num_batches)]  # batch i was rank i % world_size()'s
     return [torch.cat(column) for column in zip(*parts)]
 
 @dataclass
@@ -359,7 +361,8 @@ def statistics_of_set(each, network, size, options):
         return Statistics("statistics", each.saved["mu"], each.saved["sigma"])
     data = ImageData(each.source, each.source.classes, size, f"{each.path}, cropped to {size}")
     statistics = statistics_of_data(data, network, options)
-    if each.saved and not options.features and each.sizes() == {size}:  # the file's own go before those of its images
+    # an .npz of both, as ADM's, has statistics of the FID network and of uncropped images: use them for these only
+    if each.saved and not options.features and each.sizes() == {size}:
         statistics = replace(statistics, mu=each.saved["mu"], sigma=each.saved["sigma"])
     return statistics
 
@@ -424,6 +427,8 @@ def evaluate_sets(network, no_network, options):
         check(size, "statistics do not say their images' size: give --image-size")
         if not network:
             return {}, {"fid": no_network}, ""
+    else:
+        network = None  # statistics need none
     saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
     check(len(saved_networks) < 2, "the two files hold statistics of different networks")
     for each in sets:
@@ -447,7 +452,7 @@ def evaluate_sets(network, no_network, options):
                          network=network.digest, image_size=size)
     figures, reasons = compare(real, fake, network, options.device, probe)
     if network is None and not all(saved.startswith(INCEPTION_DIGEST) for saved in saved_networks):
-        figures["fd"] = figures.pop("fid")  # of two files that a network of --features made
+        figures["fd"] = figures.pop("fid")  # both files were made with another network: their distance is no FID
     return figures, reasons, protocol_of(real, fake, options)
 
 def evaluate_tokenizer(network, lpips, options):
@@ -505,7 +510,8 @@ def evaluate_tokenizer(network, lpips, options):
         reasons |= more_reasons
         figures |= {"r" + name if name in ("fid", "fd") else name: value for name, value in compared.items()}
         protocol = protocol_of(real, fake, options)
-    return figures | code_figures(tokenizer, ids, labels, with_probe and (train_ids, train_labels)), reasons, protocol
+    code_probe = (train_ids, train_labels) if with_probe else None
+    return figures | code_figures(tokenizer, ids, labels, code_probe), reasons, protocol
 
 def code_figures(tokenizer, ids, labels, probe):
     """What the codes (N,k,h,w) of images tell. probe: (ids, labels) to fit a classifier to"""

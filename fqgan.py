@@ -133,7 +133,7 @@ class EntropyLoss(torch.autograd.Function):
 
         loss by p_ij   (-log p_ij - 1 + log(m_j + 1e-5) + m_j / (m_j + 1e-5)) / n
                        where log p_ij = s_ij - logsumexp(s_i)
-        call it        g_ij / n, without the -1: what is constant along j has no effect on the next line
+        call it        g_ij / n. The -1 is left out: the next line subtracts whatever is the same for all j
         loss by s_i    p_i * (g_i - p_i.g_i) / n              # the softmax's Jacobian
         loss by z      2 / temperature * (loss by s) @ codes
         loss by codes  2 / temperature * (loss by s).T @ z
@@ -156,7 +156,7 @@ class EntropyLoss(torch.autograd.Function):
     def forward(ctx, z, codes, temperature):
         entropy = 0
         p_sum = 0
-        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # a list would fragment the memory
+        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # many small ones would fragment the memory
         for rows, s, p, logsumexp, nearest in EntropyLoss.assignments(z, codes, temperature):
             entropy = entropy + (logsumexp.squeeze(1) - torch.linalg.vecdot(p, s)).sum()  # -(p * log p).sum()
             p_sum = p_sum + p.sum(0)
@@ -238,6 +238,7 @@ class FQGANConfig:
     channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
     res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more", at_least=1)
     norm_groups: int = flag(32, "groups of GroupNorm; few channels in each lose an image's mean color", at_least=1)
+    pool: tuple[int, ...] = flag((), "sides of the squares of positions that share a code, by sub-codebook; else 1")
     z_channels: int = flag(256, "channels between the convolutions and the quantizers", at_least=1)
     adapter_depth: int = flag(6, "transformer blocks in each sub-codebook's adapter; 0 for no adapters")
     adapter_width: int = flag(512, "width of the adapters", at_least=1)
@@ -261,6 +262,7 @@ class FQGANConfig:
               f"image_size {self.image_size} is not divisible by downsample {self.downsample}: {nearest_size} is")
         factor = self.downsample // self.patch_size
         self.channel_mult = tuple(self.channel_mult) or CHANNEL_MULTS.get(factor, ())
+        self.pool = tuple(self.pool)
         self.teacher_widths = tuple(self.teacher_widths)
         check(len(self.channel_mult) == factor.bit_length() and min(self.channel_mult) >= 1,
               f"channel_mult {self.channel_mult} must name {factor.bit_length()} stages, by whole numbers")
@@ -283,7 +285,8 @@ def rotary_table(grid, head_dim):
     """
     The table (2, 1 + grid^2, head_dim) of rotate(): cosines, then sines, which for each pair are (-sin, sin). First
     comes the class token, then the grid's positions, row by row. The first half of the pairs turns by a position's row,
-    the second by its column. The class token's entries are zeros, as in the official code, and so are its scores.
+    the second by its column. The class token's cosines and sines are both 0, as in the official code: its query and key
+    become 0, and so does every attention score with it.
     """
     frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
     angle = torch.arange(grid)[:, None] * frequency  # (grid, head_dim/4)
@@ -416,7 +419,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(config.norm_groups, channels, eps=1e-6)
 
     def forward(self, x):
-        # bfloat16 maps stay what they are, where autocast would make a GPU's float32; statistics are float32 inside
+        # keeps bfloat16 maps in bfloat16; on a GPU autocast would return float32. Its statistics are float32 either way
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
@@ -465,15 +468,14 @@ class Downsample(nn.Module):
 
 class Upsample(nn.Module):
     """
-    Doubles every pixel along both sides, then a 3x3 convolution; as one transposed convolution, with 4/9
-    of the multiplications. Along one side, with the weights (a, b, c) and the pixels ... x y z ...:
+    Doubles every pixel along both sides, then a 3x3 convolution; as one transposed convolution, with 4/9 of the
+    multiplications. Along one side, with pixels x[i] and weights (a, b, c):
 
-        doubled   x  x  y  y  z  z
-        outputs         ^ a x + b y + c y = a x + (b + c) y
-                           ^ a y + b y + c z = (a + b) y + c z
+        out[2i]     = a x[i-1] + (b + c) x[i]
+        out[2i + 1] = (a + b) x[i] + c x[i+1]
 
-    so y adds (c, b + c, a + b, a) times itself to four outputs in a row: a transposed convolution of
-    stride 2 with that kernel, which is (c, b, a) plus itself shifted by one.
+    So x[i] goes into out[2i-1] to out[2i+2] with the weights c, b + c, a + b, a. That is a transposed convolution of
+    stride 2, whose kernel is (c, b, a, 0) + (0, c, b, a).
     """
 
     def __init__(self, channels):
@@ -557,8 +559,9 @@ class Branch(nn.Module):
     the adapter, then what ends VQGAN's encoder: norm_out, conv_out, quant_conv. FQGAN calls quantizer and feature_head.
     """
 
-    def __init__(self, c_in, config, teacher_width=0):
+    def __init__(self, c_in, config, pool=1, teacher_width=0):
         super().__init__()
+        self.pool = pool
         positions = config.grid**2
         width = c_in
         self.adapter = nn.Identity()
@@ -580,7 +583,11 @@ class Branch(nn.Module):
 
     def forward(self, features):
         h = self.norm_out(self.adapter(features))
-        return self.quant_conv(self.conv_out(F.silu(h)))
+        z = self.quant_conv(self.conv_out(F.silu(h)))
+        if self.pool > 1:
+            num_squares = [max(1, side // self.pool) for side in z.shape[2:]]
+            z = F.interpolate(F.adaptive_avg_pool2d(z, num_squares), z.shape[2:])
+        return z
 
 class FQGAN(nn.Module):
     """
@@ -595,7 +602,8 @@ class FQGAN(nn.Module):
         channels = config.channels * config.channel_mult[-1]
         # teachers supervise the last sub-codebooks; the first ones have none: 0
         teacher_widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
-        self.branches = nn.ModuleList(Branch(channels, config, width) for width in teacher_widths)
+        pools = (config.pool + (1,) * config.k)[:config.k]
+        self.branches = nn.ModuleList(Branch(channels, config, *each) for each in zip(pools, teacher_widths))
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
@@ -670,7 +678,7 @@ class GPTConfig:
     # these follow from tokenizer and data
     k: int = 3  # codes at each position
     vocab_size: int = 16384  # codes in each sub-codebook
-    num_classes: int = 1000  # without the null class, which stands for none
+    num_classes: int = 1000  # without the null class, which stands for "no class given"
     grid: int = 16  # positions along each side of the image
     n_layer: int = flag(24, "blocks of the trunk", at_least=1)
     n_head: int = flag(16, "attention heads", at_least=1)
@@ -750,7 +758,7 @@ class GPT(nn.Module):
         if self.head:
             x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
             for block in self.head:
-                # rows 0 to k-1 of the same table, as in the official code: the trunk's output has the zeros
+                # rows 0 to k-1 of the trunk's table, as in the official code: row 0, of zeros, is the trunk's output's
                 x = block(x, rotary=self.rotary[:, :k])
             x = x.view(B, P, k, -1)
         else:
@@ -815,7 +823,7 @@ class GPT(nn.Module):
             # the head takes k, each given the code before it
             embedded = []
             for i in range(c.k):
-                h = embedded[-1] if self.head and i > 0 else trunk_output
+                h = embedded[-1] if self.head and i > 0 else trunk_output  # without a head, all from the trunk
                 place = slice(i, i + 1)
                 for block, cache in zip(self.head, head_caches):
                     h = block(h, rotary=rotary[:, place], cache=cache, position=places[place], mask=head_mask[place])
@@ -834,6 +842,7 @@ class GPT(nn.Module):
             x.copy_(tokens + class_token if c.class_everywhere else tokens)
             position.add_(1)
 
+        # on a GPU the first call runs, the second is recorded as a CUDA graph, and the others replay it
         step = recorded(step, x.device, generator)
         for _ in range(c.grid**2):
             step()
@@ -863,8 +872,8 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p_before = p.cumsum(-1) - p
         ordered = ordered.masked_fill(p_before > top_p, -math.inf)
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    # of exponential variables with rates p, each is the least one with probability p; torch.multinomial draws the same
-    # way, but waits for the GPU
+    # with E ~ Exp(1) for every id, the argmax of p / E is id j with probability p_j (Gumbel-max without logarithms);
+    # torch.multinomial does the same, but waits for the GPU
     p = logits.softmax(-1)
     return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
@@ -1059,8 +1068,8 @@ def to_rgb(image):
     """Any PIL image as upright 8-bit RGB: 16-bit values are scaled to 8 bits, transparency is laid on white."""
     image.load()
     has_16_bits = is_16_bit(image)
-    image.getexif()  # PIL keeps what it has read, and without the raw copy a damaged tag does no harm
-    image.info.pop("exif", None)
+    image.getexif()
+    image.info.pop("exif", None)  # the orientation has been read; exif_transpose would fail on other, damaged tags
     image = ImageOps.exif_transpose(image)
     if has_16_bits:  # PIL's own conversion would clip at 255
         values = np.asarray(image) / 257
@@ -1087,7 +1096,10 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 def random_crop(image, size, rng):
-    """A square, 0.8 to 1.0 of the shorter side (of a small image more), mirrored half the time."""
+    """
+    A square of 0.8 to 1.0 of the shorter side, mirrored half the time. A small image is not enlarged for it: there the
+    share is nearer to 1.
+    """
     largest = min(math.ceil(size / 0.8), *image.size)
     image = resize_shorter(image, rng.randint(size, max(size, largest)))
     left = rng.randint(0, image.width - size)
@@ -1162,7 +1174,8 @@ class Folder(torchvision.datasets.DatasetFolder):
 
 class ImageData(torch.utils.data.Dataset):
     """
-    A data set of (image (3,H,W) in [-1, 1], label int), center crops; `description` says what it is.
+    A data set of (image (3,H,W) in [-1, 1], label int), center crops; `description` says what it is. `augment` says
+    that in training what read() gives may be cropped at random.
 
     An image that cannot be read is named once on stderr, and the next one takes its place; UserError if they
     are more than 1 % of the `whole_size` images that this is a part of.
@@ -1233,7 +1246,8 @@ def load_data(name_or_path, image_size, train):
     folders or images. Training takes random crops of them (not of shapes).
 
     A folder that holds `train` and `val` (or the like) has these two parts. Of any other about one image in ten is held
-    out, by a hash of its name, so that a file that comes or goes moves no other; if none is, both parts are the whole.
+    out, by a hash of its name, so that a file that comes or goes moves no other. If that leaves a part empty, both are
+    the whole.
     """
     part = "training part" if train else "held-out part"
     name = str(name_or_path)
@@ -1275,7 +1289,7 @@ def load_folder(path, image_size, train):
     brightest = brightest_16_bit(source.samples[:20])
     if 0 < brightest < 2**13:
         description += f", with dark 16-bit images ({brightest} of 65535 at most: 12 bits? scale them up)"
-    return ImageData(source, source.classes, image_size, description, train, whole_size)
+    return ImageData(source, source.classes, image_size, description, augment=train, whole_size=whole_size)
 
 def held_out_by_name(name):
     """True for about one name in ten, whatever other files there are."""
@@ -1436,7 +1450,7 @@ def catch_signals():
         caught.append(number)
 
     for number in ENDING_SIGNALS:
-        # nohup's is kept; SIGINT is also ignored where a script starts us in the background, and yet may be sent
+        # what nohup ignores stays ignored; but not SIGINT, which shells ignore for all they start in the background
         if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, on_signal)
     return caught
@@ -1613,8 +1627,8 @@ def compiled(model):
 
 def recorded(step, device, generator=None):
     """
-    A function like `step`, which changes tensors in place: on a GPU its kernels are recorded as a CUDA graph at the
-    second call, and launched together from then on, where one after the other they would wait for Python.
+    A function like `step`, which changes tensors in place. On a GPU its kernels are recorded as a CUDA graph at the
+    second call, and from then on launched together: one after the other, they would wait for Python.
     """
     if device.type != "cuda":
         return step
@@ -1663,8 +1677,8 @@ def psnr(images, others):
 
 def code_usage(counts):
     """
-    counts (..., V), how often each code was chosen -> (usage, perplexity), each (...). Usage is the share of the codes
-    that were chosen; of n choices in all, out of the n codes that these could reach.
+    counts (..., V), how often each code was chosen -> (usage, perplexity), each (...). Usage is the number of different
+    codes chosen / min(V, n), since n choices cannot reach more than n codes.
     """
     counts = counts.cpu().double()  # not every device has float64
     total = counts.sum(-1, keepdim=True)
@@ -1692,15 +1706,14 @@ def save_grid(path, rows, tile=96):
 
 @torch.no_grad()
 def reconstruction_rows(tokenizer, images):
-    """For save_grid: images, reconstructions, those by each sub-codebook alone, and those without it."""
+    """For save_grid: images, what the first sub-codebooks draw, one more a row, and what the others draw alone."""
     k = tokenizer.config.k
     ids = tokenizer.encode(images)
-    rows = [("original", images), ("reconstruction", tokenizer.decode(ids))]
-    if k > 1:
-        for i in range(k):
-            rows.append((f"codebook {i + 1} alone", tokenizer.decode(ids, only=[i])))
-    if k > 2:
-        for i in range(k):
-            others = set(range(k)) - {i}
-            rows.append((f"without {i + 1}", tokenizer.decode(ids, only=others)))
+    rows = [("original", images)]
+    for i in range(1, k):
+        name = "1 alone" if i == 1 else f"1 to {i}"
+        rows.append((name, tokenizer.decode(ids, only=range(i))))
+    rows.append((f"all {k}" if k > 1 else "reconstruction", tokenizer.decode(ids)))
+    for i in range(1, k):
+        rows.append((f"{i + 1} alone", tokenizer.decode(ids, only=[i])))
     return rows

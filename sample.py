@@ -107,7 +107,7 @@ def main():
     path = Path(options.npz or options.out or Path(options.gpt).parent / "samples.png")
     is_grid = not options.npz and path.suffix.lower() in GRID_FORMATS
     is_folder = not options.npz and not is_grid
-    check(not is_folder or not path.suffix or path.is_dir(),
+    check(not is_folder or not path.suffix[1:].isalpha() or path.is_dir(),
           f"--out {path}: cannot write {path.suffix} files; name a {', '.join(GRID_FORMATS)} file, or a folder")
     check(not is_folder or not path.is_dir() or not any(map(is_image, without_hidden(os.listdir(path)))),
           f"--out {path} holds images already: choose a new folder")
@@ -120,7 +120,7 @@ def main():
         classes = torch.tensor(class_indices(options.classes, names))
     n = options.n or 8 * len(classes)
     labels = classes[torch.arange(n) % len(classes)]
-    # picture formats have limits, and save_grid enlarges small images, to less than twice its 96 pixels
+    # WebP takes 16,383 pixels at most; save_grid enlarges small images to 96 pixels or up to twice as many
     most = 16_000 // max(192, tokenizer.config.image_size)
     num_rows = len(grid_rows(labels, names))
     check(not is_grid or num_rows <= most,

@@ -325,6 +325,21 @@ def test_group_norm_keeps_the_type_of_its_maps(dtype, atol):
     assert y.dtype == dtype
     assert torch.allclose(y.float(), F.group_norm(x.float(), 32, norm.weight, norm.bias, 1e-6), atol=atol)
 
+def test_a_square_of_positions_shares_a_code():
+    """The mean of its vectors is quantized; a square larger than the grid is the grid."""
+    config = dict(k=4, image_size=32, adapter_depth=0)
+    images = uniform(2, 3, 32, 32)
+    plain = small_tokenizer(**config).encode_vectors(images)
+    tokenizer = small_tokenizer(**config, pool=(1, 4, 100))
+    pooled = tokenizer.encode_vectors(images)
+    ids = tokenizer.encode(images)
+    for i, size in enumerate((1, 4, 8, 1)):
+        mean = F.avg_pool2d(plain[i], size)
+        assert torch.allclose(pooled[i], F.interpolate(mean, scale_factor=size), atol=1e-6)
+        of_squares = ids[:, i:i + 1, ::size, ::size].float()
+        assert torch.equal(ids[:, i:i + 1].float(), F.interpolate(of_squares, scale_factor=size))
+    assert small_tokenizer(k=1, pool=(1, 2, 8)).encode(uniform(1, 3, 16, 16)).shape == (1, 1, 4, 4)
+
 def test_codes_are_searched_in_float32_under_autocast():
     """In bfloat16 one vector in fifteen finds another code: a GPT would learn wrong tokens."""
     torch.manual_seed(0)
@@ -443,7 +458,8 @@ def test_models_compile_as_one_graph(name):
 def test_no_image_changes_sides(tmp_path):
     """With one file more, all held-out images were among those that a run had been trained on."""
     def parts():
-        train, held_out = [{path for path, _ in data.source.samples} for data in fqgan.load_train_and_held_out(tmp_path, 16)]
+        both = fqgan.load_train_and_held_out(tmp_path, 16)
+        train, held_out = [{path for path, _ in data.source.samples} for data in both]
         assert not train & held_out
         return train, held_out
 

@@ -235,7 +235,7 @@ def main():
               f"{train_data.description} are fewer than one batch; give a smaller --batch-size")
     settings |= dict(k=tokenizer.config.k, vocab_size=tokenizer.config.codebook_size, grid=tokenizer.config.grid,
                      num_classes=len(classes))
-    config = from_settings(GPTConfig, settings)  # before the encoding, which takes long: it may be refused
+    config = from_settings(GPTConfig, settings)  # now, so that a wrong setting fails before the long encoding
     if encoding:
         if rank() == 0 and not state:
             path.unlink(missing_ok=True)  # the checkpoint of another run: it must not be resumed with these tokens
@@ -382,7 +382,7 @@ def main():
 
     if stopping and step < args.steps:
         print0(f"stopped at step {step} of {args.steps}; all is in {path}: --resume continues")
-        barrier()  # a rank that ends would have the others ended while they write
+        barrier()  # when one rank ends, torchrun ends the others: so wait until all have written
         raise KeyboardInterrupt
     print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('samples.png')} (look at it), "
            f"{path.with_name('gpt_log.csv')}")

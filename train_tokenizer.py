@@ -276,6 +276,8 @@ def main():
     off = [name for name in names if not weights[f"{name}_weight"]]
     if not teachers and config.representation_weight:
         off.append("representation (no --teachers)")
+    if teachers and args.batch_size == num_parts:
+        off.append("representation (in micro-batches of one image there is no other to tell it from)")
     print0(f"losses that are off: {', '.join(off) or 'none'}")
 
     signals = catch_signals()  # a list: empty until Ctrl-C or a signal that ends the job
@@ -403,7 +405,7 @@ def main():
 
     if stopping and step < args.steps:
         print0(f"stopped at step {step} of {args.steps}; all is in {path}: --resume continues")
-        barrier()  # a rank that ends would have the others ended while they write
+        barrier()  # when one rank ends, torchrun ends the others: so wait until all have written
         raise KeyboardInterrupt
     print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('recon.png')} (look at it), "
            f"{path.with_name('log.csv')}")
