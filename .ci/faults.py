@@ -18,6 +18,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ import train_gpt
 import train_tokenizer
 from fqgan import UserError
 from test_fqgan import (
-    TINY_GPT_RUN, TINY_RUN, Hostile, call, load, load_models, log_of, make_folder, parser_of, same, shell_words)
+    TINY_GPT_RUN, TINY_RUN, Hostile, call, load, load_models, log_of, make_folder, same, shell_words)
 
 def damaged(data, rng):
     """A copy of the bytes that is cut off, has flipped bits, has a stretch of zeros, or two of these."""
@@ -158,6 +159,18 @@ def kills(folder, rng, n=30, steps=2000):
     assert len(rows[0]) - len(rows[1]) <= n, "a kill after a checkpoint may take its row"
     return f"{killed} kills, {writing} of them while a checkpoint was written: to the bit like a run never killed"
 
+def actions_of(script):
+    """A script's flags, as argparse has them."""
+    actions = []
+
+    def stop(parser):
+        actions.extend(parser._actions)
+        raise UserError("no run")
+
+    with mock.patch.object(fqgan.Parser, "parse_args", stop), contextlib.suppress(UserError):
+        call(script)
+    return actions
+
 def flags(folder, rng, n=300):
     """Every script's flags, fuzzed within their types, end in a run or in one line."""
     def offline(*_, **__):
@@ -190,7 +203,7 @@ def flags(folder, rng, n=300):
     ran = collections.Counter()
     for i in range(n):
         script = list(scripts)[i % len(scripts)]
-        actions = [action for action in parser_of(script)._actions if action.dest not in never]
+        actions = [action for action in actions_of(script) if action.dest not in never]
         argv = []
         for action in rng.choice(actions, rng.integers(1, 4), replace=False):
             argv.append(rng.choice(action.option_strings))
