@@ -584,7 +584,7 @@ class Branch(nn.Module):
     def forward(self, features):
         h = self.norm_out(self.adapter(features))
         z = self.quant_conv(self.conv_out(F.silu(h)))
-        if self.pool > 1:
+        if self.pool > 1:  # not the paper's: a square of positions has one vector, the mean of theirs
             num_squares = [max(1, side // self.pool) for side in z.shape[2:]]
             z = F.interpolate(F.adaptive_avg_pool2d(z, num_squares), z.shape[2:])
         return z
