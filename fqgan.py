@@ -419,7 +419,9 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(config.norm_groups, channels, eps=1e-6)
 
     def forward(self, x):
-        # keeps bfloat16 maps in bfloat16; on a GPU autocast would return float32. Its statistics are float32 either way
+        if x.device.type == "cpu":
+            return super().forward(x)
+        # keeps bfloat16 maps in bfloat16, where autocast would return float32; the statistics are float32 either way
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
