@@ -15,7 +15,7 @@ import json
 import math
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from multiprocessing.pool import ThreadPool
@@ -342,29 +342,30 @@ class Statistics:
     labels: torch.Tensor | None = None  # (N)
     classes: list | None = None  # their names; empty where they have none; None where the images have no labels
 
-def statistics_of_features(description, features, logits, labels, classes):
+def statistics_of_features(description, features, logits, labels, classes, moments=None):
+    """moments: mean and covariance, where a file has them"""
     check(len(features) > 3, f"{description}: fewer than 4 images")
-    mu = features.double().mean(0).numpy()
-    sigma = features.double().T.cov().numpy()
+    double = features.double()
+    mu, sigma = moments or (double.mean(0).numpy(), double.T.cov().numpy())
     return Statistics(description, mu, sigma, features, logits, labels, classes)
 
-def statistics_of_data(data, network, options, n=None):
+def statistics_of_data(data, network, options, n=None, moments=None):
     """Of all images of an ImageData, or of n random ones."""
     indices = shuffled_range(len(data))[:n] if n else range(len(data))
     rows = ((*network(images), labels) for images, labels in batches_of(data, indices, options))
     description = f"{len(indices)} images, {data.description}"
-    return statistics_of_features(description, *collect(rows, description), data.classes)
+    return statistics_of_features(description, *collect(rows, description), data.classes, moments)
 
 def statistics_of_set(each, network, size, options):
     """Of an ImageSet, whose images are cropped to `size`."""
     if each.source is None:
         return Statistics("statistics", each.saved["mu"], each.saved["sigma"])
     data = ImageData(each.source, each.source.classes, size, f"{each.path}, cropped to {size}")
-    statistics = statistics_of_data(data, network, options)
+    moments = None
     # an .npz of both, as ADM's, has statistics of the FID network and of uncropped images: use them for these only
     if each.saved and not options.features and each.sizes() == {size}:
-        statistics = replace(statistics, mu=each.saved["mu"], sigma=each.saved["sigma"])
-    return statistics
+        moments = each.saved["mu"], each.saved["sigma"]
+    return statistics_of_data(data, network, options, moments=moments)
 
 # -----------------------------------------------------------------------------
 # What is measured: figures by name, and the reasons for those that are None

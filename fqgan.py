@@ -94,9 +94,12 @@ class Quantizer(nn.Module):
             z = F.normalize(z.float(), dim=1)
             codes = F.normalize(self.codebook.float(), dim=-1)
 
-            # the entropy loss compares all vectors with all codes, and so finds the nearest ones, too
-            entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
-            ids = ids.view(len(z), *z.shape[2:])
+            if self.entropy_weight:  # it compares all vectors with all codes, and so finds the nearest ones, too
+                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
+                ids = ids.view(len(z), *z.shape[2:])
+            else:
+                entropy = z.new_zeros(())
+                ids = self.nearest(z)
             z_q = codes[ids].permute(0, 3, 1, 2)
             losses = {
                 "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
