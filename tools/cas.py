@@ -14,16 +14,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from evaluate import Array, ImageSet
 from fqgan import (
-    Parser, UserError, autocast, check, cli, duration, from_uint8, load_tokenizer, load_train_and_held_out, one_line,
-    pick_dtype, setup_device, shuffled_range, to_uint8)
+    Parser, UserError, autocast, check, cli, duration, from_uint8, load_tokenizer, load_train_and_held_out, pick_dtype,
+    setup_device, shuffled_range, to_uint8)
 
 def conv(c_in, c_out, stride=1):
     return nn.Sequential(
@@ -66,11 +66,12 @@ def read_data(data, n=None):
 def read_samples(path):
     """An .npz of sample.py -> uint8 images (N,3,H,W), labels (N), class names"""
     try:
-        with np.load(path) as file:
-            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-            return images, torch.from_numpy(file["labels"]).long(), file["classes"].tolist()
-    except Exception as error:
-        raise UserError(f"{path} is no file of `sample.py --npz` ({one_line(error)})") from None
+        source = ImageSet(path).source
+    except UserError as error:
+        raise UserError(f"{path} is no file of `sample.py --npz` ({error})") from None
+    is_whole = isinstance(source, Array) and source.classes
+    check(is_whole, f"{path} is no file of `sample.py --npz`: it names no classes")
+    return torch.from_numpy(source.images).permute(0, 3, 1, 2), torch.from_numpy(source.labels).long(), source.classes
 
 def train(images, labels, num_classes, epochs, device):
     """uint8 images (N,3,H,W), labels (N) -> a classifier in eval mode"""
