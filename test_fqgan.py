@@ -1147,6 +1147,16 @@ def test_flags_are_those_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     assert fqgan.parse_flags("", presets, FQGANConfig) == {}
 
+@pytest.mark.parametrize("cpu, dtype", [
+    (dict(cpu_name="AMD EPYC", avx512_bf16=True), torch.bfloat16),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=True), torch.bfloat16),
+    (dict(cpu_name="Intel Xeon", avx512_bf16=True, amx_bf16=False), torch.float32),
+    (dict(architecture="aarch64"), torch.float32)])
+def test_auto_takes_the_faster_dtype(monkeypatch, cpu, dtype):
+    """An Intel Xeon without AMX trained the quick start 1.35 times as long in its bfloat16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert fqgan.pick_dtype("auto", torch.device("cpu")) == dtype
+
 def test_the_log_is_appended_to(tmp_path):
     """Columns are those of the first row."""
     path = tmp_path / "log.csv"
