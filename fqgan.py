@@ -780,11 +780,14 @@ class GPT(nn.Module):
         return torch.stack(all_logits, 1) if all_logits else None, loss
 
     @torch.no_grad()
-    def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    def generate(self, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, generator=None, cfg_power=0.0):
         """
-        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values. Each of the four
+        labels (B,) -> ids (B,k,h,w), sampled code by code with cached keys and values. Each of the five
         sampling parameters is one number, or k of them. cfg_scale 1 is no guidance, which takes half the
-        time; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in.
+        time; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in. Where a
+        share t of the positions is done, the guidance is 1 + (cfg_scale - 1) (p + 1) t^p, p being
+        cfg_power: constant for 0, growing for more, in the mean about cfg_scale. Guidance that grows
+        is RAR's idea, https://arxiv.org/abs/2411.00776, with a cosine and the last value as the scale.
         """
         c = self.config
         B = len(labels)
@@ -794,6 +797,7 @@ class GPT(nn.Module):
         temperature = self.one_for_each_code("temperature", temperature)
         top_k = self.one_for_each_code("top_k", top_k)
         top_p = self.one_for_each_code("top_p", top_p)
+        cfg_power = self.one_for_each_code("cfg_power", cfg_power)
         check(0 < min(top_p) and max(top_p) <= 1, f"top_p is {top_p}; it must be in (0, 1]")
         was_training = self.training
         self.eval()
@@ -836,7 +840,9 @@ class GPT(nn.Module):
                 if guided:
                     logits, null = logits.chunk(2)
                     if cfg_scale[i] != 1:
-                        logits = null + cfg_scale[i] * (logits - null)
+                        share = position / max(1, c.grid**2 - 1)
+                        scale = 1 + (cfg_scale[i] - 1) * (cfg_power[i] + 1) * share ** cfg_power[i]
+                        logits = null + scale * (logits - null)
                 all_finite.logical_and_(logits.isfinite().all())
                 code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
                 ids[:, i].index_copy_(1, position, code[:, None])
@@ -1036,7 +1042,7 @@ class Shapes:
     colors = [
         (214, 40, 57), (240, 120, 20), (250, 196, 20), (38, 150, 80), (20, 140, 170), (40, 70, 190), (130, 60, 170)]
     backgrounds = [
-        (250, 240, 225), (225, 238, 250), (228, 245, 228), (250, 228, 232), (238, 230, 248), (236, 236, 236)]
+        (255, 226, 178), (178, 214, 250), (190, 234, 186), (250, 190, 200), (214, 192, 246), (212, 212, 212)]
 
     def __init__(self, image_size, train):
         self.image_size = image_size

@@ -41,6 +41,7 @@ def parse_options():
     add("--out", help="a grid (.png, .jpg, .webp) or a folder (default: samples.png beside the GPT)")
     add("--npz", metavar="FILE", help="write arr_0, uint8 (N, H, W, 3), labels and classes into one .npz instead")
     add("--cfg-scale", type=numbers, default=1.5, help="guidance; 1 for none (default: %(default)s)")
+    add("--cfg-power", type=numbers, default=0, help="1: guidance grows linearly with the position (default: 0)")
     add("--temperature", type=numbers, default=1.0, help="below 1 likelier codes, 0 the likeliest (default: 1)")
     add("--top-k", type=numbers, default=0, help="sample from the k likeliest codes only (default: from all)")
     add("--top-p", type=numbers, default=1.0, help="sample from the likeliest codes that make up p (default: 1)")
@@ -137,7 +138,7 @@ def main():
         # a random state of its own: whichever process makes the batch, its images are the same
         generator = torch.Generator(device).manual_seed((options.seed * 1_000_003 + batch.start) % 2**63)
         ids = gpt.generate(labels[batch.start:batch.stop].to(device), options.cfg_scale, options.temperature,
-                           options.top_k, options.top_p, generator)
+                           options.top_k, options.top_p, generator, options.cfg_power)
         images = to_uint8(tokenizer.decode(ids)).cpu()
         if is_folder:
             for j, image in zip(batch, images):

@@ -819,7 +819,7 @@ def test_class_at_every_position():
 # Sampling
 
 @torch.no_grad()
-def uncached(model, labels, cfg_scale, temperature, top_k, top_p, generator):
+def uncached(model, labels, cfg_scale, temperature, top_k, top_p, generator, cfg_power=(0, 0, 0)):
     """Sampling as one would write it first: the whole model for every code. Of each parameter k values."""
     c = model.config
     null = torch.full_like(labels, c.num_classes)
@@ -829,7 +829,8 @@ def uncached(model, labels, cfg_scale, temperature, top_k, top_p, generator):
         logits = model(so_far, labels)[0][:, i, p]
         if cfg_scale[i] != 1:
             without = model(so_far, null)[0][:, i, p]
-            logits = without + cfg_scale[i] * (logits - without)
+            growth = [1, 2 * p / (c.grid**2 - 1), 3 * (p / (c.grid**2 - 1)) ** 2][cfg_power[i]]
+            logits = without + (1 + (cfg_scale[i] - 1) * growth) * (logits - without)
         ids[:, i, p] = fqgan.sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
     return ids.unflatten(2, (c.grid, c.grid))
 
@@ -873,6 +874,17 @@ def test_sampling_parameters_of_each_code(cfg_scale):
     plain = uncached(model, labels, *parameters, seeded(1))
     assert torch.equal(model.generate(labels, *parameters, generator=seeded(1)), plain)
 
+def test_guidance_that_grows():
+    """From none at the first position; with a power of 1 the last one's is twice as far from 1 as the mean."""
+    model = small_gpt(3)
+    labels = torch.arange(5)
+    parameters = [2.0, 3.0, 4.0], [1.0] * 3, [0] * 3, [1.0] * 3
+    plain = uncached(model, labels, *parameters, seeded(1), cfg_power=(1, 2, 0))
+    assert torch.equal(model.generate(labels, *parameters, seeded(1), cfg_power=[1, 2, 0]), plain)
+    assert not torch.equal(model.generate(labels, *parameters, seeded(1)), plain)
+    of_one_position = small_gpt(2, grid=1)
+    assert of_one_position.generate(labels, 2.0, cfg_power=1).shape == (5, 2, 1, 1)
+
 def test_greedy_sampling():
     model = small_gpt(3, dropout=0.5)
     labels = torch.arange(5)
@@ -884,7 +896,7 @@ def test_greedy_sampling():
 
 @pytest.mark.parametrize("options", [
     dict(cfg_scale=[1.0, 2.0]), dict(cfg_scale=math.inf), dict(temperature=-1), dict(temperature=[1.0, math.nan, 1.0]),
-    dict(top_p=0.0), dict(top_k=[1, 2, 3, 4]),
+    dict(top_p=0.0), dict(top_k=[1, 2, 3, 4]), dict(cfg_power=-1),
     dict(labels=torch.tensor([6])), dict(labels=torch.tensor([-1]))])
 def test_sampling_parameters_out_of_range(options):
     name, = options
@@ -1205,7 +1217,8 @@ def test_both_scripts_make_what_they_say(trained):
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["val_psnr"]) > 3 and [row["val_psnr"] > "" for row in rows] == [False, True, False, True]
     for row in rows:
-        terms = [float(row[name]) for name in ("reconstruct", "codebook", "commit", "entropy", "disentangle")]
+        names = ("reconstruct", "codebook", "commit", "entropy", "disentangle", "decorrelate")
+        terms = [float(row[name]) for name in names]
         assert math.isclose(float(row["loss"]), sum(terms), rel_tol=1e-3)
 
     saved = load(trained / "tokenizer.pt")
@@ -1253,6 +1266,7 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     losses = dict(
         perceptual="random", perceptual_weight=0.7, disc_weight=0.5, disc_start=2, disc_lr=0.0005,
         entropy_final=0.03, entropy_weight=0.05, commit_weight=0.4, disentangle_weight=0.2,
+        decorrelate_weight=0.0,  # of codes that hardly differ it is a quotient of roundings
     )
     flags = as_flags(SMALL | FEW_STEPS | PLAIN_RUN | losses | dict(k=2, image_size=24))
     call(train_tokenizer, "--out", tmp_path, *flags)
@@ -1297,7 +1311,7 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
 def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
     """Also the weight decay, of matrices only."""
     folder = make_folder(tmp_path / "images")
-    flags = [*TINY_GPT_RUN, *as_flags(PLAIN_RUN), "--label-dropout", 0, "--data", folder]
+    flags = [*TINY_GPT_RUN, *as_flags(PLAIN_RUN), "--no-muon", "--label-dropout", 0, "--data", folder]
     call(train_gpt, "--out", tmp_path, "--tokenizer", trained / "tokenizer.pt", *flags)
     state = load(tmp_path / "gpt.pt")
     tokens, held_out = (np.load(tmp_path / f"tokens_{part}.npy") for part in ("train", "val"))
@@ -1513,16 +1527,18 @@ def test_three_ranks_are_one(tmp_path):
     The same global batch gives the same weights and, which would show a factor that Adam hides, the same moments.
 
     Off for it is what is computed over a rank's own batch: the entropy of the mean assignment, as in the official
-    code, and the discriminator's BatchNorm. 16 images are evaluated: not as many on each rank.
+    code, the decorrelation of its codes, and the discriminator's BatchNorm. 16 images are evaluated: not as many on
+    each rank.
 
     The adversary has two discriminator passes before one backward pass; its run is then taken up by a single process.
     """
     one = tmp_path / "one"
     many = tmp_path / "many"
     equal = ["--batch-size", 12, "--grad-clip", 0]
-    flags = [*TINY_RUN, *equal, "--k", 2, "--entropy-weight", 0]
-    gpt_flags = [*TINY_GPT_RUN, *equal, "--label-dropout", 0, "--data", make_folder(tmp_path / "images")]
-    gpt_flags += ["--tokenizer", one / "tokenizer.pt"]
+    losses = dict(entropy_weight=0, disentangle_weight=0.1, decorrelate_weight=0)
+    flags = [*TINY_RUN, *equal, "--k", 2, *as_flags(losses)]
+    gpt_flags = [*TINY_GPT_RUN, *equal, "--no-muon", "--label-dropout", 0]
+    gpt_flags += ["--tokenizer", one / "tokenizer.pt", "--data", make_folder(tmp_path / "images")]
     call(train_tokenizer, *flags, "--out", one)
     call(train_gpt, *gpt_flags, "--out", one)
     out = ["--out", many, "--accumulate", 2]
@@ -1792,14 +1808,15 @@ def test_sampling_flags_and_classes_reach_the_model(tmp_path, trained, monkeypat
     generate = GPT.generate
 
     def listen(model, labels, *parameters):
-        asked.append((labels.tolist(), *parameters[:-1]))
+        asked.append((labels.tolist(), *parameters[:4], parameters[5]))
         return generate(model, labels, *parameters)
 
     monkeypatch.setattr(GPT, "generate", listen)
     flags = as_flags(dict(
-        classes="star,0", n=3, batch_size=2, cfg_scale=3, temperature=(0.7, 0.8), top_k=(5, 8), top_p=0.9))
+        classes="star,0", n=3, batch_size=2, cfg_scale=3, temperature=(0.7, 0.8), top_k=(5, 8), top_p=0.9,
+        cfg_power=1))
     call(sample, "--gpt", trained / "gpt.pt", "--device", "cpu", "--out", tmp_path / "grid.png", *flags)
-    assert asked == [([4, 0], 3.0, [0.7, 0.8], [5, 8], 0.9), ([4], 3.0, [0.7, 0.8], [5, 8], 0.9)]
+    assert asked == [([4, 0], 3.0, [0.7, 0.8], [5, 8], 0.9, 1), ([4], 3.0, [0.7, 0.8], [5, 8], 0.9, 1)]
 
 def test_sample_grid_folder_and_array(tmp_path, trained, on_two_ranks, capsys):
     """No gaps, no doubles, and the same pictures from one process and from two."""
