@@ -786,8 +786,8 @@ class GPT(nn.Module):
         sampling parameters is one number, or k of them. cfg_scale 1 is no guidance, which takes half the
         time; temperature 0 takes the likeliest code; top_k 0 and top_p 1 leave all codes in. Where a
         share t of the positions is done, the guidance is 1 + (cfg_scale - 1) (p + 1) t^p, p being
-        cfg_power: constant for 0, growing for more, in the mean about cfg_scale. Guidance that grows
-        is RAR's idea, https://arxiv.org/abs/2411.00776, with a cosine and the last value as the scale.
+        cfg_power: constant for 0, growing for more, in the mean about cfg_scale. Linear growth is Muse's,
+        https://arxiv.org/abs/2301.00704, though there cfg_scale is the last value.
         """
         c = self.config
         B = len(labels)
@@ -818,6 +818,8 @@ class GPT(nn.Module):
         places = torch.arange(c.k, device=x.device)  # in the head
         head_mask = places <= places[:, None]
         all_finite = torch.ones((), dtype=torch.bool, device=labels.device)
+        done = torch.linspace(0, 1, c.grid**2, device=x.device)  # the share of positions done, at each
+        guidance = [1 + (scale - 1) * (power + 1) * done**power for scale, power in zip(cfg_scale, cfg_power)]
 
         def step():
             """All codes of a position."""
@@ -840,9 +842,7 @@ class GPT(nn.Module):
                 if guided:
                     logits, null = logits.chunk(2)
                     if cfg_scale[i] != 1:
-                        share = position / max(1, c.grid**2 - 1)
-                        scale = 1 + (cfg_scale[i] - 1) * (cfg_power[i] + 1) * share ** cfg_power[i]
-                        logits = null + scale * (logits - null)
+                        logits = null + guidance[i].index_select(0, position) * (logits - null)
                 all_finite.logical_and_(logits.isfinite().all())
                 code = sample_token(logits, temperature[i], top_k[i], top_p[i], generator)
                 ids[:, i].index_copy_(1, position, code[:, None])

@@ -1216,9 +1216,9 @@ def test_both_scripts_make_what_they_say(trained):
     rows = log_of(trained / "log.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["val_psnr"]) > 3 and [row["val_psnr"] > "" for row in rows] == [False, True, False, True]
+    losses = ("reconstruct", "codebook", "commit", "entropy", "disentangle", "decorrelate")
     for row in rows:
-        names = ("reconstruct", "codebook", "commit", "entropy", "disentangle", "decorrelate")
-        terms = [float(row[name]) for name in names]
+        terms = [float(row[name]) for name in losses]
         assert math.isclose(float(row["loss"]), sum(terms), rel_tol=1e-3)
 
     saved = load(trained / "tokenizer.pt")
