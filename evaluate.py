@@ -135,7 +135,7 @@ def linear_probe(x, labels, held_x, held_labels):
     correlation = x.T @ (targets - targets.mean(0))
     weight = scipy.linalg.solve(gram.numpy(), correlation.numpy(), assume_a="pos")
     hits = 0
-    for features, label in zip(held_x.split(1024), held_labels.split(1024)):  # one-hot codes take much memory
+    for features, label in zip(held_x.split(1024), held_labels.split(1024)):  # many features take much memory
         scores = (features - mean).double() @ torch.from_numpy(weight) + targets.mean(0)
         hits += (scores.argmax(1) == label).sum().item()
     return hits / len(held_labels)
@@ -212,6 +212,8 @@ class Network:
             return self.module(images)
         try:
             features = self.module(from_uint8(images)).float()
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, AttributeError, RuntimeError) as error:
             raise UserError(f"--features fails on images {tuple(images.shape)} ({one_line(error)})") from None
         check(features.ndim == 2, f"--features gives {tuple(features.shape)} in place of (B, D)")
@@ -353,18 +355,20 @@ def statistics_of_data(data, network, options, n=None, moments=None):
     """Of all images of an ImageData, or of n random ones."""
     indices = shuffled_range(len(data))[:n] if n else range(len(data))
     rows = ((*network(images), labels) for images, labels in batches_of(data, indices, options))
-    description = f"{len(indices)} images, {data.description}"
+    description = f"{n} of {data.description}" if n else data.description
     return statistics_of_features(description, *collect(rows, description), data.classes, moments)
 
 def statistics_of_set(each, network, size, options):
     """Of an ImageSet, whose images are cropped to `size`."""
     if each.source is None:
         return Statistics("statistics", each.saved["mu"], each.saved["sigma"])
-    data = ImageData(each.source, each.source.classes, size, f"{each.path}, cropped to {size}")
+    description = f"{each.path}, cropped to {size}"
     moments = None
     # an .npz of both, as ADM's, has statistics of the FID network and of uncropped images: use them for these only
     if each.saved and not options.features and each.sizes() == {size}:
         moments = each.saved["mu"], each.saved["sigma"]
+        description += ", with its own mu and sigma"
+    data = ImageData(each.source, each.source.classes, size, description)
     return statistics_of_data(data, network, options, moments=moments)
 
 # -----------------------------------------------------------------------------
@@ -433,7 +437,8 @@ def evaluate_sets(network, no_network, options):
     saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
     check(len(saved_networks) < 2, "the two files hold statistics of different networks")
     for each in sets:
-        each.check_saved(network, size)
+        if not (each.source and options.features):  # then its images are used alone
+            each.check_saved(network, size)
 
     fake = statistics_of_set(sets[-1], network, size, options)
     probe = None
@@ -451,6 +456,8 @@ def evaluate_sets(network, no_network, options):
             with open(options.save_stats, "wb") as file:
                 np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
                          network=network.digest, image_size=size)
+    if rank() > 0:
+        return {}, {}, ""  # what is left takes no network, but much memory
     figures, reasons = compare(real, fake, network, options.device, probe)
     if network is None and not all(saved.startswith(INCEPTION_DIGEST) for saved in saved_networks):
         figures["fd"] = figures.pop("fid")  # both files were made with another network: their distance is no FID
@@ -502,6 +509,8 @@ def evaluate_tokenizer(network, lpips, options):
         if train_features:
             probe = train_features[0], train_labels
 
+    if rank() > 0:
+        return {}, {}, ""  # what is left takes no network, but much memory
     protocol = ""
     if network:
         description = f"{len(indices)} images, {held_out.description}"

@@ -1072,21 +1072,14 @@ class Shapes:
 # -----------------------------------------------------------------------------
 # Data: images from files
 
-def is_16_bit(image):
-    return image.mode.startswith("I;16") or image.format == "PPM" and image.mode == "I"
-
 def to_rgb(image):
-    """Any PIL image as upright 8-bit RGB: 16-bit values are scaled to 8 bits, transparency is laid on white."""
+    """Any PIL image of 8 bits as upright RGB: transparency is laid on white."""
     image.load()
-    has_16_bits = is_16_bit(image)
     image.getexif()
     image.info.pop("exif", None)  # the orientation has been read; exif_transpose would fail on other, damaged tags
     image = ImageOps.exif_transpose(image)
-    if has_16_bits:  # PIL's own conversion would clip at 255
-        values = np.asarray(image) / 257
-        image = Image.fromarray(values.round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its 32-bit values (mode {image.mode}) have no known range; save 8 or 16 bits")
+    if image.mode.startswith(("I", "F")):  # 12 bits in 16, for example; PIL's own conversion would clip at 255
+        raise ValueError(f"its values (mode {image.mode}) have no known range; save 8 bits")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -1196,7 +1189,9 @@ class ImageData(torch.utils.data.Dataset):
         self.source = source
         self.classes = classes
         self.image_size = image_size
-        self.description = f"{description}: {len(source)} images of {len(classes or [0])} classes"
+        self.description = f"{description}: {len(source)} images"
+        if classes:
+            self.description += f" of {len(classes)} classes"
         self.augment = augment
         self.max_unreadable = max(1, (whole_size or len(source)) // 100)
         self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # shared with loader processes
@@ -1270,7 +1265,11 @@ def load_data(name_or_path, image_size, train):
         return load_folder(path, image_size, train)
     try:
         make = getattr(torchvision.datasets, name.upper())
+        if rank() > 0:
+            barrier()  # until rank 0 has it
         source = make(Path(torch.hub.get_dir()) / "datasets", train, download=True)
+        if rank() == 0:
+            barrier()
     except Exception as error:
         raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
     return ImageData(source, source.classes, image_size, f"torchvision's {make.__name__}, {part}", augment=train)
@@ -1297,24 +1296,12 @@ def load_folder(path, image_size, train):
     description = f"{path}, {part}"
     if source.num_others:
         description += f", without {source.num_others} other files"
-    brightest = brightest_16_bit(source.samples[:20])
-    if 0 < brightest < 2**13:
-        description += f", with dark 16-bit images ({brightest} of 65535 at most: 12 bits? scale them up)"
     return ImageData(source, source.classes, image_size, description, augment=train, whole_size=whole_size)
 
 def held_out_by_name(name):
     """True for about one name in ten, whatever other files there are."""
     digest = hashlib.sha256(os.fsencode(normalize_unicode(name).replace(os.sep, "/"))).digest()
     return int.from_bytes(digest[:4]) % 10 == 0
-
-def brightest_16_bit(samples):
-    """The largest value of those among some images that have 16 bits; 0 if none has."""
-    brightest = 0
-    for path, _ in samples:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # what cannot be read is said where it is used
-            if is_16_bit(image):
-                brightest = max(brightest, int(np.asarray(image).max()))
-    return brightest
 
 def load_train_and_held_out(name, image_size):
     """Both parts of load_data, which have the same classes."""
@@ -1430,7 +1417,8 @@ def cli(main):
         lines = str(error).strip().splitlines() or [repr(error)]
         message = lines[-1]  # an error of a loader process is a traceback that ends with its message
     except torch.OutOfMemoryError:
-        message = "out of memory: give a smaller --batch-size, or in training a larger --accumulate, or --recompute"
+        message = ("out of memory: give a smaller --batch-size, or in training a larger --accumulate "
+                   "(or a tokenizer's --recompute)")
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise

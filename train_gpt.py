@@ -136,7 +136,7 @@ def read_tokens(path):
     """The memory-mapped records of a file that is whole, else None."""
     try:
         return np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (EOFError, OSError, ValueError):
         return None
 
 def get_batch(records, indices, views, device):
