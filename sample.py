@@ -22,7 +22,6 @@ from fqgan import (
     gather_on_rank0, GPT, GPTConfig, is_image, load_checkpoint, load_tokenizer, normalize_unicode, on_any_rank,
     Parser, pick_dtype, print0, rank, refuse_output_inside_data, save_grid, setup_device, to_uint8, without_hidden)
 
-GRID_FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 COLUMNS = 16  # images in a row of a grid
 
 def numbers(text):
@@ -38,7 +37,7 @@ def parse_options():
     add("--classes", help="class numbers or names, separated by commas (default: all; in a grid the first 10)")
     add("--n", "--count", type=int, help="number of images; the classes take turns, so that all get equally many "
         "(default: 8 for each class). torchrun has its own --n: use --count")
-    add("--out", help="a grid (.png, .jpg, .webp) or a folder (default: samples.png beside the GPT)")
+    add("--out", help="a grid, a .png, or a folder (default: samples.png beside the GPT)")
     add("--npz", metavar="FILE", help="write arr_0, uint8 (N, H, W, 3), labels and classes into one .npz instead")
     add("--cfg-scale", type=numbers, default=1.5, help="guidance; 1 for none (default: %(default)s)")
     add("--cfg-power", type=numbers, default=0, help="1: guidance grows linearly with the position (default: 0)")
@@ -106,10 +105,10 @@ def file_name(index, name):
 def main():
     options = parse_options()
     path = Path(options.npz or options.out or Path(options.gpt).parent / "samples.png")
-    is_grid = not options.npz and path.suffix.lower() in GRID_FORMATS
+    is_grid = not options.npz and path.suffix.lower() == ".png"
     is_folder = not options.npz and not is_grid
     check(not is_folder or not path.suffix[1:].isalpha() or path.is_dir(),
-          f"--out {path}: cannot write {path.suffix} files; name a {', '.join(GRID_FORMATS)} file, or a folder")
+          f"--out {path}: cannot write {path.suffix} files; name a .png file, or a folder")
     check(not is_folder or not path.is_dir() or not any(map(is_image, without_hidden(os.listdir(path)))),
           f"--out {path} holds images already: choose a new folder")
     device = setup_device(options.device, options.seed)
@@ -121,11 +120,6 @@ def main():
         classes = torch.tensor(class_indices(options.classes, names))
     n = options.n or 8 * len(classes)
     labels = classes[torch.arange(n) % len(classes)]
-    # WebP takes 16,383 pixels at most; save_grid enlarges small images to 96 pixels or up to twice as many
-    most = 16_000 // max(192, tokenizer.config.image_size)
-    num_rows = len(grid_rows(labels, names))
-    check(not is_grid or num_rows <= most,
-          f"a grid of {num_rows} rows is too tall, {most} is the limit: give --out a folder")
     folder = path if is_folder else path.parent
     folder.mkdir(parents=True, exist_ok=True)
 
