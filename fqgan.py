@@ -2,9 +2,9 @@
 FQGAN in one file: a factorized visual tokenizer, and the autoregressive model that generates its tokens.
 
 A convolutional encoder feeds k transformer adapters. Each has a codebook of its own, and the decoder rebuilds
-the image from all k codes of a position. A GPT learns to generate the codes. The paper comes first, in the order
-in which data flows, and ends with the GPT; then networks that only training needs, data, checkpoints, and what
-the scripts share.
+the image from all k codes of a position. A GPT learns to generate the codes. The paper comes first: quantizers,
+its heart, then all from image to codes and back, and the GPT; after it networks that only training needs, data,
+checkpoints, and what the scripts share.
 
 Sources:
 1) FQGAN: Bai et al., Factorized Visual Tokenization and Generation, https://arxiv.org/abs/2411.16681
