@@ -40,7 +40,7 @@ TINY = dict(
     steps=900, batch_size=32, lr=2e-3, warmup=100, final_lr=0.0, workers=0, eval_every=450)
 PRESETS = {
     "tiny": TINY,
-    "cifar10": dict(TINY, crops=2, cfg_scale=2.0, steps=5200, lr=3e-3, eval_every=2600),
+    "cifar10": dict(TINY, crops=2, cfg_scale=2.0, steps=5000, lr=3e-3, eval_every=2500),
     "far-b": dict(),
     "far-l": dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
 }

@@ -41,7 +41,7 @@ SMALL = dict(
     workers=0, log_every=50, eval_every=800)
 PRESETS = {
     "tiny": dict(SMALL, pool=(1, 2, 4), disentangle_weight=0.0, decorrelate_weight=0.6),
-    "cifar10": dict(SMALL, data="cifar10", perceptual="random", perceptual_weight=0.75, steps=3200),
+    "cifar10": dict(SMALL, data="cifar10", perceptual="random", perceptual_weight=0.75, lr=7e-3, steps=3200),
     "fqgan-ds16": dict(downsample=16),
     "fqgan-ds8": dict(downsample=8),
 }
