@@ -253,10 +253,11 @@ class Array:
 class ImageSet:
     """
     A folder of images or an .npz file. `source` gives (PIL image, label), or is None; `saved` are the statistics of an
-    .npz, ADM's or those of --save-stats, or empty: mu, sigma, perhaps the network's digest and the images' size.
+    .npz, ADM's or those of --save-stats, or empty: mu, sigma, perhaps the network's digest and the images' size. A file
+    of both, as ADM's, has statistics of the FID network: with --features its images are used alone.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, features=None):
         self.path = path
         self.source = None
         self.saved = {}
@@ -270,7 +271,7 @@ class ImageSet:
             raise UserError(f"{path} is neither a folder nor an .npz file ({one_line(error)})") from None
         if arrays.get("arr_0", np.zeros(0)).size:
             self.source = Array(path, arrays)
-        if {"mu", "sigma"} <= arrays.keys():
+        if {"mu", "sigma"} <= arrays.keys() and not (self.source and features):
             names = ("mu", "sigma", "network", "image_size")
             self.saved = {name: arrays[name] for name in names if name in arrays}
         check(self.source or self.saved, f"{path} holds {list(arrays)}; expected arr_0, or mu and sigma")
@@ -364,8 +365,7 @@ def statistics_of_set(each, network, size, options):
         return Statistics("statistics", each.saved["mu"], each.saved["sigma"])
     description = f"{each.path}, cropped to {size}"
     moments = None
-    # an .npz of both, as ADM's, has statistics of the FID network and of uncropped images: use them for these only
-    if each.saved and not options.features and each.sizes() == {size}:
+    if each.saved and each.sizes() == {size}:  # they are of uncropped images
         moments = each.saved["mu"], each.saved["sigma"]
         description += ", with its own mu and sigma"
     data = ImageData(each.source, each.source.classes, size, description)
@@ -426,7 +426,7 @@ def protocol_of(real, fake, options):
 
 def evaluate_sets(network, no_network, options):
     """--fake against --real, or the held-out part of --data -> figures, reasons, protocol"""
-    sets = [ImageSet(path) for path in (options.real, options.fake) if path]
+    sets = [ImageSet(path, options.features) for path in (options.real, options.fake) if path]
     size = image_size(sets, options)
     if options.data or any(each.source for each in sets):
         check(size, "statistics do not say their images' size: give --image-size")
@@ -437,8 +437,7 @@ def evaluate_sets(network, no_network, options):
     saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
     check(len(saved_networks) < 2, "the two files hold statistics of different networks")
     for each in sets:
-        if not (each.source and options.features):  # then its images are used alone
-            each.check_saved(network, size)
+        each.check_saved(network, size)
 
     fake = statistics_of_set(sets[-1], network, size, options)
     probe = None

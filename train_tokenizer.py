@@ -37,10 +37,10 @@ SMALL = dict(
     channels=32, channel_mult=(2, 3), res_blocks=1, norm_groups=4, z_channels=64,
     adapter_depth=1, adapter_width=96, adapter_heads=3, entropy_weight=0.01, entropy_final=0.03,
     disc_weight=0.0, perceptual_weight=0.0, teachers="none",
-    steps=1600, batch_size=32, lr=3e-3, warmup=100, final_lr=0.0,
+    steps=1600, batch_size=32, warmup=100, final_lr=0.0,
     workers=0, log_every=50, eval_every=800)
 PRESETS = {
-    "tiny": dict(SMALL, pool=(1, 2, 4), disentangle_weight=0.0, decorrelate_weight=0.6),
+    "tiny": dict(SMALL, pool=(1, 2, 4), disentangle_weight=0.0, decorrelate_weight=0.6, lr=3e-3),
     "cifar10": dict(SMALL, data="cifar10", perceptual="random", perceptual_weight=0.75, lr=7e-3, steps=3200),
     "fqgan-ds16": dict(downsample=16),
     "fqgan-ds8": dict(downsample=8),
