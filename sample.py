@@ -2,7 +2,7 @@
 Samples images from a trained GPT: a grid with a row for each class, a folder with a file for each image, or one array.
 
 $ python sample.py                                                      # out/samples.png
-$ python sample.py --classes 0,3,8 --n 24 --cfg-scale 3 --out grid.png
+$ python sample.py --classes 0,3,8 --n 24 --cfg-scale 3 --best-of 4 --out grid.png
 $ python sample.py --n 1000 --out samples/                              # samples/000000_circle.png, ...
 $ torchrun --nproc-per-node=8 sample.py --count 50000 --npz samples.npz # arr_0 and labels, for evaluate.py --fake
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
 from fqgan import (
@@ -44,6 +45,8 @@ def parse_options():
     add("--temperature", type=numbers, default=1.0, help="below 1 likelier codes, 0 the likeliest (default: 1)")
     add("--top-k", type=numbers, default=0, help="sample from the k likeliest codes only (default: from all)")
     add("--top-p", type=numbers, default=1.0, help="sample from the likeliest codes that make up p (default: 1)")
+    add("--best-of", type=int, default=1, metavar="N", help="draw N for each image, keep the one whose class the GPT is "
+        "surest of, which takes a pass for each class there is (default: %(default)s)")
     add("--seed", type=int, default=0, help="another seed, other samples (default: 0)")
     add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps, cpu, ... (default: the best there is)")
@@ -51,6 +54,7 @@ def parse_options():
     options = parser.parse_args()
     check(options.n is None or options.n >= 1, "--n must be at least 1")
     check(options.batch_size >= 1, "--batch-size must be at least 1")
+    check(options.best_of >= 1, "--best-of must be at least 1")
     check(not (options.npz and options.out), "--out and --npz exclude each other")
     check(not options.npz or options.npz.endswith(".npz"), f"--npz {options.npz}: the name must end in .npz")
     return options
@@ -88,6 +92,22 @@ def load_models(options, device):
     refuse_output_inside_data(options.npz or options.out or options.gpt, state.get("settings", {}).get("data"))
     names = state.get("classes") or [str(i) for i in range(gpt.config.num_classes)]
     return gpt.to(pick_dtype(options.dtype, device)), tokenizer, names  # the tokenizer stays in float32
+
+@torch.no_grad()
+def surest(gpt, ids, labels, n):
+    """
+    Of each n successive draws of a class, ids (B*n,k,h,w) and labels (B*n), the one whose class the GPT is surest of:
+    (B,k,h,w). By Bayes' rule p(class | ids) is the softmax over all classes of log p(ids | class). Razavi et al.,
+    https://arxiv.org/abs/1906.00446, reject samples likewise, but by another network, a classifier.
+    """
+    log_p = []
+    for label in range(gpt.config.num_classes):
+        logits, _ = gpt(ids, torch.full_like(labels, label))  # (B*n, k, h*w, vocab_size)
+        nats = F.cross_entropy(logits.movedim(-1, 1), ids.flatten(2), reduction="none")
+        log_p.append(-nats.sum((1, 2)))
+    p = torch.stack(log_p, 1).softmax(1).gather(1, labels[:, None])  # of each draw's own class
+    best = p.view(-1, n).argmax(1)
+    return ids.unflatten(0, (-1, n))[torch.arange(len(best), device=ids.device), best]
 
 def grid_rows(labels, names):
     """Labels of all images -> [(class name, indices of the row's images)]; a class's name is on its first row only."""
@@ -131,8 +151,11 @@ def main():
     for i, batch in enumerate(batches):
         # a random state of its own: whichever process makes the batch, its images are the same
         generator = torch.Generator(device).manual_seed((options.seed * 1_000_003 + batch.start) % 2**63)
-        ids = gpt.generate(labels[batch.start:batch.stop].to(device), options.cfg_scale, options.temperature,
-                           options.top_k, options.top_p, generator, options.cfg_power)
+        drawn = labels[batch.start:batch.stop].repeat_interleave(options.best_of).to(device)
+        ids = gpt.generate(drawn, options.cfg_scale, options.temperature, options.top_k, options.top_p, generator,
+                           options.cfg_power)
+        if options.best_of > 1:
+            ids = surest(gpt, ids, drawn, options.best_of)
         images = to_uint8(tokenizer.decode(ids)).cpu()
         if is_folder:
             for j, image in zip(batch, images):

@@ -1828,6 +1828,29 @@ def test_sample_grid_folder_and_array(tmp_path, trained, on_two_ranks, capsys):
     assert array["labels"].tolist() == [i % 10 for i in range(23)] and array["classes"][4] == "star"
     np.testing.assert_equal(array, dict(np.load(on_two_ranks / "samples.npz")))
 
+def test_best_of_several_draws(tmp_path, trained, monkeypatch):
+    """The draw of whose class the GPT is surest, by Bayes' rule, of as many as were asked for."""
+    model = small_gpt()
+    labels = torch.tensor([0, 0, 0, 4, 4, 4])
+    ids = torch.randint(11, (6, 2, 3, 3), generator=seeded(0))
+    best = []
+    for first in (0, 3):
+        p = []
+        for draw, label in zip(ids[first:first + 3], labels[first:first + 3]):
+            losses = torch.stack([model(draw[None], torch.tensor([c]))[1] for c in range(5)])  # means over 18 codes
+            p.append((-18 * losses).softmax(0)[label])
+        best.append(first + torch.stack(p).argmax())
+    assert best[0] > 0 or best[1] > 3, "it is not simply the first"
+    assert torch.equal(sample.surest(model, ids, labels, 3), ids[torch.stack(best)])
+
+    drawn = []
+    generate = GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda *args: drawn.append(args[1]) or generate(*args))
+    flags = ["--gpt", trained / "gpt.pt", "--device", "cpu", "--classes", "2,7", "--n", 3, "--batch-size", 2]
+    call(sample, *flags, "--best-of", 2, "--npz", tmp_path / "best.npz")
+    assert [labels.tolist() for labels in drawn] == [[2, 2, 7, 7], [2, 2]]
+    assert np.load(tmp_path / "best.npz")["labels"].tolist() == [2, 7, 2]
+
 @pytest.mark.parametrize("kind, whole, cut", [("--npz", "whole.npz", "cut.npz"), ("--out", "whole", "cut")])
 def test_ctrl_c_loses_no_samples(kind, whole, cut, tmp_path, trained, monkeypatch):
     """What there is, is written; nothing is added to a folder that holds images."""
