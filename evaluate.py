@@ -239,7 +239,8 @@ class Array:
         check(self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[3] == 3,
               f"{path}: arr_0 is {self.images.dtype} {self.images.shape}; expected uint8 (N, height, width, 3)")
         self.labels = arrays.get("labels", np.zeros(len(self.images), np.int64))
-        check(self.labels.shape == self.images.shape[:1] and self.labels.min() >= 0, f"{path}: labels do not fit arr_0")
+        check(self.labels.shape == self.images.shape[:1] and self.labels.dtype.kind in "iu" and self.labels.min() >= 0,
+              f"{path}: labels do not fit arr_0: they are {self.labels.dtype} {self.labels.shape}")
         self.classes = None
         if "labels" in arrays:
             self.classes = arrays.get("classes", np.zeros(0)).tolist()
@@ -263,6 +264,8 @@ class ImageSet:
         self.saved = {}
         if os.path.isdir(path):
             self.source = Folder(path)
+            if len(self.source.classes) == 1:  # a flat folder: its images have no labels
+                self.source.classes = None
             return
         try:
             with np.load(path) as file:
@@ -288,27 +291,17 @@ class ImageSet:
                 sizes.add(min(image.size))
         return sizes
 
-    def check_saved(self, network, size):
-        """Refuses statistics of another network, or of images of another size."""
-        expected = {"image_size": size}
-        if network:
-            expected["network"] = network.digest
-        for name in expected.keys() & self.saved.keys():
-            found = self.saved[name].item()
-            check(found == expected[name],
-                  f"{self.path} holds statistics of another {name}: {found}, not {expected[name]}")
-        if self.saved and "network" not in self.saved:
-            print0(f"{self.path} does not say of which network its statistics are: taken to be of this one")
-
 def image_size(sets, options):
     """What the images of all sets are cropped to: --image-size, or the size that they have; 0 if none is known."""
+    if options.image_size:
+        return options.image_size
     smallest = []
     for each in sets:
         sizes = sorted(each.sizes())
         smallest += sizes[:1]
-        check(options.image_size or len(sizes) <= 1, f"the shorter sides of the images of {each.path} differ "
+        check(len(sizes) <= 1, f"the shorter sides of the images of {each.path} differ "
               f"({', '.join(map(str, sizes[:5]))}): say with --image-size what to crop to")
-    return options.image_size or min(smallest, default=0)
+    return min(smallest, default=0)
 
 def batches_of(data, indices, options):
     """Yields this rank's batches of an ImageData: (images uint8 (B,3,H,W), labels)."""
@@ -356,7 +349,7 @@ def statistics_of_data(data, network, options, n=None, moments=None):
     """Of all images of an ImageData, or of n random ones."""
     indices = shuffled_range(len(data))[:n] if n else range(len(data))
     rows = ((*network(images), labels) for images, labels in batches_of(data, indices, options))
-    description = f"{n} of {data.description}" if n else data.description
+    description = f"{len(indices)} of {data.description}" if n else data.description
     return statistics_of_features(description, *collect(rows, description), data.classes, moments)
 
 def statistics_of_set(each, network, size, options):
@@ -368,7 +361,7 @@ def statistics_of_set(each, network, size, options):
     if each.saved and each.sizes() == {size}:  # they are of uncropped images
         moments = each.saved["mu"], each.saved["sigma"]
         description += ", with its own mu and sigma"
-    data = ImageData(each.source, each.source.classes, size, description)
+    data = ImageData(each.source, size, description)
     return statistics_of_data(data, network, options, moments=moments)
 
 # -----------------------------------------------------------------------------
@@ -381,7 +374,7 @@ def compare(real, fake, network, device, probe=None):
     figures = {}
     reasons = {}
     distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
-    if network is None or network.is_inception:
+    if network.is_inception:
         figures["fid"] = distance
         if fake.logits is not None:
             # splits of images in a random order, which is always the same; what fills no split is left out
@@ -427,18 +420,27 @@ def protocol_of(real, fake, options):
 def evaluate_sets(network, no_network, options):
     """--fake against --real, or the held-out part of --data -> figures, reasons, protocol"""
     sets = [ImageSet(path, options.features) for path in (options.real, options.fake) if path]
+    check(not options.save_stats or options.data or sets[0].source, "--save-stats is for images, and --real has none")
     size = image_size(sets, options)
-    if options.data or any(each.source for each in sets):
-        check(size, "statistics do not say their images' size: give --image-size")
-        if not network:
-            return {}, {"fid": no_network}, ""
-    else:
-        network = None  # statistics need none
-    saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
-    check(len(saved_networks) < 2, "the two files hold statistics of different networks")
     for each in sets:
-        each.check_saved(network, size)
+        check(each.source or each.sizes() <= {size},
+              f"{each.path} holds statistics of images of another size than {size}")
+        if each.saved and "network" not in each.saved:
+            print0(f"{each.path} does not say of which network its statistics are: the other set's is assumed")
+    saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
 
+    if not options.data and not any(each.source for each in sets):  # two files of statistics need no network
+        check(len(saved_networks) < 2, "the two files hold statistics of different networks")
+        is_fid = all(name.startswith(INCEPTION_DIGEST) for name in saved_networks)
+        distance = frechet_distance(*(each.saved[name] for each in sets for name in ("mu", "sigma")))
+        of_network = "".join(saved_networks) or "an unknown network"
+        return {"fid" if is_fid else "fd": distance}, {}, f"{options.fake} against {options.real}, of {of_network}"
+
+    check(size, "statistics do not say their images' size: give --image-size")
+    if not network:
+        return {}, {"fid": no_network}, ""
+    for name in saved_networks:
+        check(name == network.digest, f"statistics of another network: {name}, not {network.digest}")
     fake = statistics_of_set(sets[-1], network, size, options)
     probe = None
     if options.real:
@@ -449,17 +451,13 @@ def evaluate_sets(network, no_network, options):
         if options.features:
             fitted = statistics_of_data(train, network, options, n=10_000)
             probe = fitted.features, fitted.labels
-    if options.save_stats:
-        check(real.features is not None, "--save-stats is for images, and --real has none")
-        if rank() == 0:
-            with open(options.save_stats, "wb") as file:
-                np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
-                         network=network.digest, image_size=size)
+    if options.save_stats and rank() == 0:
+        with open(options.save_stats, "wb") as file:
+            np.savez(file, mu=real.mu, sigma=real.sigma, count=len(real.features),
+                     network=network.digest, image_size=size)
     if rank() > 0:
         return {}, {}, ""  # what is left takes no network, but much memory
     figures, reasons = compare(real, fake, network, options.device, probe)
-    if network is None and not all(saved.startswith(INCEPTION_DIGEST) for saved in saved_networks):
-        figures["fd"] = figures.pop("fid")  # both files were made with another network: their distance is no FID
     return figures, reasons, protocol_of(real, fake, options)
 
 def evaluate_tokenizer(network, lpips, options):
@@ -477,6 +475,9 @@ def evaluate_tokenizer(network, lpips, options):
         reasons["lpips"] = "images are under 16 pixels"
     train, held_out = load_train_and_held_out(name, c.image_size)
     indices = shuffled_range(len(held_out))[:options.n]
+    if network and len(indices) < 4:
+        network = None
+        reasons["rfd" if options.features else "rfid"] = "fewer than 4 images"
     print0(f"{options.tokenizer}: k={c.k} sub-codebooks of {c.codebook_size} codes; held out: {held_out.description}")
     images = torch.stack([held_out[i][0] for i in indices[:10]]).to(options.device)
     if rank() == 0:
@@ -502,7 +503,7 @@ def evaluate_tokenizer(network, lpips, options):
     probe = None
     if with_probe:
         part = shuffled_range(len(train))[:min(10_000, 5 * len(indices))]
-        rows = ((y, tokenizer.encode(from_uint8(x)), *(network(x)[:1] if options.features else ()))
+        rows = ((y, tokenizer.encode(from_uint8(x)), *(network(x)[:1] if network and options.features else ()))
                 for x, y in batches_of(train, part, options))
         train_labels, train_ids, *train_features = collect(rows, "training images")
         if train_features:
@@ -550,11 +551,11 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tokenizer", default="out/tokenizer.pt", help="a tokenizer (default: %(default)s)")
-    add("--data", help="`shapes`, a folder, cifar10 or cifar100 (default: what the tokenizer was trained on)")
+    add("--data", help="`shapes`, a folder, cifar10 or cifar100: its held-out part is taken (default: the tokenizer's)")
     add("--n", "--count", type=int, help="held-out images (default: all); torchrun has its own --n: use --count")
     add("--real", help="a folder of images or an .npz, in the place of a tokenizer")
-    add("--fake", help="a folder of images or an .npz, measured against --real")
-    add("--image-size", type=int, help="what the images of both are cropped to (default: their size)")
+    add("--fake", help="a folder of images or an .npz, measured against --real or --data")
+    add("--image-size", type=int, help="what the images of both are cropped to (default: the smaller size)")
     add("--features", metavar="FILE", help="a network in place of FID's: TorchScript or torch.export")
     add("--save-stats", metavar="FILE", help="write mu and sigma of the real images, for --real")
     add("--json", metavar="FILE", help="write the metrics there too")

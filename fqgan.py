@@ -90,17 +90,14 @@ class Quantizer(nn.Module):
 
     def forward(self, z):
         """z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), dict of weighted losses)"""
+        ids = self.nearest(z)
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)
             codes = F.normalize(self.codebook.float(), dim=-1)
-
-            if self.entropy_weight:  # it compares all vectors with all codes, and so finds the nearest ones, too
-                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
-                ids = ids.view(len(z), *z.shape[2:])
-            else:
-                entropy = z.new_zeros(())
-                ids = self.nearest(z)
             z_q = codes[ids].permute(0, 3, 1, 2)
+            entropy = z.new_zeros(())
+            if self.entropy_weight:
+                entropy = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
             losses = {
                 "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
                 "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
@@ -122,20 +119,17 @@ def chunk_size(codes):
 class EntropyLoss(torch.autograd.Function):
     """
     MAGVIT-v2's entropy penalty: mean entropy of the soft assignments, minus the entropy of their mean.
-    z (n,d) and codes (V,d), all of unit length -> (loss, each vector's nearest code (n,), which the same pass finds).
+    z (n,d) and codes (V,d), all of unit length -> loss. In plain PyTorch:
 
-    In plain PyTorch, with |z - c|^2 = 2 - 2 z.c and the constant left out:
-
-        s = 2 / temperature * z @ codes.T                     # (n, V)
-        p = s.softmax(1)
-        m = p.mean(0)                                         # (V,)
-        loss = -(p * p.log()).sum(1).mean() + (m * (m + 1e-5).log()).sum()
+        log_p = (2 / temperature * z @ codes.T).log_softmax(1)  # (n, V), since |z - c|^2 = 2 - 2 z.c
+        p = log_p.exp()
+        m = p.mean(0)                                           # (V,)
+        loss = -(p * log_p).sum(1).mean() + (m * (m + 1e-5).log()).sum()
 
     Here the (n, V) matrices exist a few rows at a time and are computed again in the backward pass, so that memory does
-    not grow with n. The derivative, written out:
+    not grow with n. The derivative, written out, with s = 2 / temperature * z @ codes.T:
 
         loss by p_ij   (-log p_ij - 1 + log(m_j + 1e-5) + m_j / (m_j + 1e-5)) / n
-                       where log p_ij = s_ij - logsumexp(s_i)
         call it        g_ij / n. The -1 is left out: the next line subtracts whatever is the same for all j
         loss by s_i    p_i * (g_i - p_i.g_i) / n              # the softmax's Jacobian
         loss by z      2 / temperature * (loss by s) @ codes
@@ -143,42 +137,37 @@ class EntropyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def assignments(z, codes, temperature):
-        """Yields a slice of r rows of z, s (r,V), p (r,V), logsumexp(s) (r,1), nearest code (r,1)."""
-        scaled_codes = codes.T * (2 / temperature)
+    def log_assignments(z, codes, temperature):
+        """Yields a slice of r rows of z, and their log p (r,V)."""
         size = chunk_size(codes)
         for first in range(0, len(z), size):
             rows = slice(first, first + size)
-            s = z[rows] @ scaled_codes
-            p = s.softmax(1)
-            top, nearest = s.max(1, keepdim=True)
-            logsumexp = top - p.gather(1, nearest).log()  # since log p_ij = s_ij - logsumexp(s_i)
-            yield rows, s, p, logsumexp, nearest
+            s = 2 / temperature * z[rows] @ codes.T
+            yield rows, s.log_softmax(1)
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
         entropy = 0
         p_sum = 0
-        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # many small ones would fragment the memory
-        for rows, s, p, logsumexp, nearest in EntropyLoss.assignments(z, codes, temperature):
-            entropy = entropy + (logsumexp.squeeze(1) - torch.linalg.vecdot(p, s)).sum()  # -(p * log p).sum()
+        for _, log_p in EntropyLoss.log_assignments(z, codes, temperature):
+            p = log_p.exp()
+            entropy = entropy - torch.linalg.vecdot(p, log_p).sum()
             p_sum = p_sum + p.sum(0)
-            ids[rows] = nearest.squeeze(1)
         m = p_sum / len(z)
         ctx.save_for_backward(z, codes, m)
-        ctx.mark_non_differentiable(ids)
         ctx.temperature = temperature
-        return entropy / len(z) + (m * (m + 1e-5).log()).sum(), ids
+        return entropy / len(z) + (m * (m + 1e-5).log()).sum()
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         z, codes, m = ctx.saved_tensors
         m_term = (m + 1e-5).log() + m / (m + 1e-5)
         grad_z = torch.empty_like(z)
         grad_codes = torch.zeros_like(codes)
         with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
-            for rows, s, p, logsumexp, _ in EntropyLoss.assignments(z, codes, ctx.temperature):
-                g = s.neg_().add_(m_term).add_(logsumexp)
+            for rows, log_p in EntropyLoss.log_assignments(z, codes, ctx.temperature):
+                p = log_p.exp()
+                g = m_term - log_p
                 grad_s = g.sub_(torch.linalg.vecdot(p, g)[:, None]).mul_(p)
                 torch.mm(grad_s, codes, out=grad_z[rows])
                 grad_codes.addmm_(grad_s.T, z[rows])
@@ -195,9 +184,9 @@ def disentangle_loss(quantized):
 
 def decorrelation_loss(quantized):
     """
-    k codes (B,d,h,w) -> how well a linear map predicts one sub-codebook's codes from another's: 0 (not at all) to 1,
-    mean over pairs. Linear CKA, https://arxiv.org/abs/1905.00414. It is not in the paper, whose loss makes the codes of
-    a pair orthogonal; but then a code may still always come with the same orthogonal one.
+    k codes (B,d,h,w) -> how alike two sub-codebooks' codes are, from 0 (uncorrelated) to 1 (the same but for a
+    rotation), mean over pairs. Linear CKA, https://arxiv.org/abs/1905.00414. It is not in the paper, whose loss makes
+    the codes of a pair orthogonal; but then a code may still always come with the same orthogonal one.
     """
     losses = []
     with torch.autocast(quantized[0].device.type, enabled=False):
@@ -221,10 +210,10 @@ def representation_loss(predicted, features):
 # Tokenizer: config
 
 def flag(default, help, at_least=0):
-    """A config field whose explanation is also the help text of its command-line flag."""
+    """A config field, with the help text of its command-line flag, which takes no number below at_least."""
     return field(default=default, metadata={"help": help, "at_least": at_least})
 
-# downsample / patch_size: channels of each stage, as in the published models
+# downsample / patch_size: channels of each stage; those of 8 and 16 are the published models'
 CHANNEL_MULTS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4), 32: (1, 1, 1, 2, 2, 4)}
 
 @dataclass
@@ -284,15 +273,15 @@ class FQGANConfig:
 # -----------------------------------------------------------------------------
 # Transformer blocks, of the adapters and the GPT
 
-def rotary_table(grid, head_dim):
+def rotary_table(grid, head_dim, device):
     """
     The table (2, 1 + grid^2, head_dim) of rotate(): cosines, then sines, which for each pair are (-sin, sin). First
     comes the class token, then the grid's positions, row by row. The first half of the pairs turns by a position's row,
     the second by its column. The class token's cosines and sines are both 0, as in the official code: its query and key
     become 0, and so does every attention score with it.
     """
-    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2) / (head_dim // 2))  # (head_dim/4)
-    angle = torch.arange(grid)[:, None] * frequency  # (grid, head_dim/4)
+    frequency = 10000.0 ** (-torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))  # (head_dim/4)
+    angle = torch.arange(grid, device=device)[:, None] * frequency  # (grid, head_dim/4)
     rows = angle.repeat_interleave(grid, 0)
     columns = angle.repeat(grid, 1)
     angle = torch.cat([rows, columns], 1)  # (grid^2, head_dim/2)
@@ -316,7 +305,7 @@ def conv_layout(x):
     return x.contiguous()
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, T, C) -> (B, T, C). In the GPT it is causal, rotary and cached."""
+    """Multi-head self-attention: (B, T, C) -> (B, T, C). In the GPT causal and rotary, in sampling also cached."""
 
     def __init__(self, width, heads, bias=True, causal=False):
         super().__init__()
@@ -336,7 +325,7 @@ class Attention(nn.Module):
         v = qkv[2]
         if cache is not None:
             cache[0].index_copy_(2, position, k.to(cache.dtype))  # the rotary table has made k float32
-            cache[1].index_copy_(2, position, v)
+            cache[1].index_copy_(2, position, v.to(cache.dtype))
             k, v = cache
         dtype = v.dtype
         if x.device.type == "cpu" and torch.is_grad_enabled():
@@ -564,7 +553,7 @@ class Branch(nn.Module):
     the adapter, then what ends VQGAN's encoder: norm_out, conv_out, quant_conv. FQGAN calls quantizer and feature_head.
     """
 
-    def __init__(self, c_in, config, pool=1, teacher_width=0):
+    def __init__(self, c_in, config, pool, teacher_width):
         super().__init__()
         self.pool = pool
         positions = config.grid**2
@@ -608,7 +597,9 @@ class FQGAN(nn.Module):
         # teachers supervise the last sub-codebooks; the first ones have none: 0
         teacher_widths = (0,) * (config.k - len(config.teacher_widths)) + config.teacher_widths
         pools = (config.pool + (1,) * config.k)[:config.k]
-        self.branches = nn.ModuleList(Branch(channels, config, *each) for each in zip(pools, teacher_widths))
+        self.branches = nn.ModuleList()
+        for pool, teacher_width in zip(pools, teacher_widths):
+            self.branches.append(Branch(channels, config, pool, teacher_width))
         self.post_quant_conv = nn.Conv2d(config.k * config.codebook_dim, config.z_channels, 1)
         self.decoder = Decoder(config)
 
@@ -721,7 +712,6 @@ class GPT(nn.Module):
         self.head = nn.ModuleList(self.block() for _ in range(config.head_layers))
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.outputs = nn.ModuleList(nn.Linear(D, config.vocab_size, bias=False) for _ in range(config.k))
-        self.register_buffer("rotary", rotary_table(config.grid, D // config.n_head), persistent=False)
 
         # initialization: with outputs of 0, the loss starts at ln(vocab_size); norms stay at 1
         for name, p in self.named_parameters():
@@ -756,15 +746,16 @@ class GPT(nn.Module):
             tokens = tokens + class_token
         x = torch.cat([class_token, tokens[:, :-1]], 1)  # (B, P, D)
         x = self.dropout(x)
+        rotary = rotary_table(c.grid, c.n_embd // c.n_head, x.device)  # float32, whatever the weights are
         for block in self.trunk:
-            x = block(x, rotary=self.rotary[:, :P])
+            x = block(x, rotary=rotary[:, :P])
 
         # head: the trunk's output, then every code of the position but the last
         if self.head:
             x = torch.stack([x, *embedded[:-1]], 2).flatten(0, 1)  # (B*P, k, D)
             for block in self.head:
                 # rows 0 to k-1 of the trunk's table, as in the official code: row 0, of zeros, is the trunk's output's
-                x = block(x, rotary=self.rotary[:, :k])
+                x = block(x, rotary=rotary[:, :k])
             x = x.view(B, P, k, -1)
         else:
             x = x[:, :, None].expand(-1, -1, k, -1)
@@ -806,10 +797,10 @@ class GPT(nn.Module):
         if guided:  # the first half of every batch below is with the class, the second without
             labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
         head_dim = c.n_embd // c.n_head
-        rotary = rotary_table(c.grid, head_dim).to(labels.device)  # float32, whatever the weights are
+        rotary = rotary_table(c.grid, head_dim, labels.device)
         class_token = self.class_embedding(labels)[:, None]
         x = class_token.clone()  # the trunk's input (B or 2B, 1, D), which every step replaces
-        # step() below changes these tensors in place, and none of them grows: so a GPU can record it once and replay it
+        # step() below changes these tensors in place, and none of them grows: so repeat() can record it on a GPU
         trunk_caches = [x.new_zeros(2, len(x), c.n_head, c.grid**2, head_dim) for _ in self.trunk]
         # not cleared from one position to the next: the mask hides what the last position has left
         head_caches = [x.new_zeros(2, len(x), c.n_head, c.k, head_dim) for _ in self.head]
@@ -853,10 +844,7 @@ class GPT(nn.Module):
             x.copy_(tokens + class_token if c.class_everywhere else tokens)
             position.add_(1)
 
-        # on a GPU the first call runs, the second is recorded as a CUDA graph, and the others replay it
-        step = recorded(step, x.device, generator)
-        for _ in range(c.grid**2):
-            step()
+        repeat(step, c.grid**2, x.device, generator)
         self.train(was_training)
         check(all_finite, f"the logits are not finite in {x.dtype}: sample with another --dtype, such as float32")
         return ids.unflatten(2, (c.grid, c.grid))
@@ -868,6 +856,24 @@ class GPT(nn.Module):
         check(len(values) == k, f"{name} has {len(values)} values; give one, or {k}, one for each code of a position")
         check(all(0 <= v < 1e30 for v in values), f"{name} is {value}; it must be a finite number of at least 0")
         return values
+
+def repeat(step, times, device, generator=None):
+    """
+    Calls step(), which changes tensors in place. On a GPU its second call is recorded as a CUDA graph, whose kernels
+    are launched together from then on: one after the other, they would wait for Python.
+    """
+    if device.type != "cuda":
+        for _ in range(times):
+            step()
+        return
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    step()
+    with torch.cuda.graph(graph):  # records the kernels without running them: replay() does
+        step()
+    for _ in range(times - 1):
+        graph.replay()
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """logits (B, V) -> ids (B,): temperature, then top-k, then top-p, which keeps the id that crosses p."""
@@ -1181,19 +1187,19 @@ class ImageData(torch.utils.data.Dataset):
     A data set of (image (3,H,W) in [-1, 1], label int), center crops; `description` says what it is. `augment` says
     that in training what read() gives may be cropped at random.
 
-    An image that cannot be read is named once on stderr, and the next one takes its place; UserError if they
-    are more than 1 % of the `whole_size` images that this is a part of.
+    An image that cannot be read is named once on stderr, and the next one takes its place; UserError if they are more
+    than ten and 1 %, or all.
     """
 
-    def __init__(self, source, classes, image_size, description, augment=False, whole_size=0):
+    def __init__(self, source, image_size, description, augment=False):
         self.source = source
-        self.classes = classes
+        self.classes = source.classes
         self.image_size = image_size
         self.description = f"{description}: {len(source)} images"
-        if classes:
-            self.description += f" of {len(classes)} classes"
+        if self.classes:
+            self.description += f" of {len(self.classes)} classes"
         self.augment = augment
-        self.max_unreadable = max(1, (whole_size or len(source)) // 100)
+        self.max_failed = max(10, len(source) // 100)
         self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # shared with loader processes
 
     def __len__(self):
@@ -1219,9 +1225,9 @@ class ImageData(torch.utils.data.Dataset):
                 self.failed[i] = True
                 name = self.source.samples[i][0] if hasattr(self.source, "samples") else f"item {i}"
                 print(f"skipped {name!r}, which cannot be read: {error}", file=sys.stderr)
-            if self.failed.sum() > self.max_unreadable:
+            if self.failed.sum() > self.max_failed:
                 break
-        raise UserError(f"{self.failed.sum()} images of {self.description} cannot be read, more than 1 %; see above")
+        raise UserError(f"{self.failed.sum()} images of {self.description} cannot be read: too many, see above")
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(size, seed, epoch):
@@ -1258,7 +1264,7 @@ def load_data(name_or_path, image_size, train):
     part = "training part" if train else "held-out part"
     name = str(name_or_path)
     if name == "shapes":
-        return ImageData(Shapes(image_size, train), Shapes.classes, image_size, f"shapes, {part}")
+        return ImageData(Shapes(image_size, train), image_size, f"shapes, {part}")
     if name not in BUILT_IN:
         path = Path(os.path.expanduser(name))
         check(name and path.exists(), f"--data {name}: no such folder; or choose {', '.join(BUILT_IN)}")
@@ -1272,14 +1278,13 @@ def load_data(name_or_path, image_size, train):
             barrier()
     except Exception as error:
         raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
-    return ImageData(source, source.classes, image_size, f"torchvision's {make.__name__}, {part}", augment=train)
+    return ImageData(source, image_size, f"torchvision's {make.__name__}, {part}", augment=train)
 
 def load_folder(path, image_size, train):
     check(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
     folders = {name.lower(): path / name for name in visible_folders(path)}
     training = [folders[name] for name in ("train", "training") if name in folders]
     held_out = [folders[name] for name in ("val", "valid", "validation", "test") if name in folders]
-    whole_size = 0
     if training or held_out:
         check(training and held_out, f"{path} holds one of train and val: name its two parts so, or rename the class")
         path = training[0] if train else held_out[0]
@@ -1287,7 +1292,6 @@ def load_folder(path, image_size, train):
         part = "all of it"
     else:
         source = Folder(path)
-        whole_size = len(source)
         is_held_out = [held_out_by_name(os.path.relpath(image, path)) for image, _ in source.samples]
         part = "all of it: too few to hold any out"
         if 0 < sum(is_held_out) < len(is_held_out):
@@ -1296,7 +1300,7 @@ def load_folder(path, image_size, train):
     description = f"{path}, {part}"
     if source.num_others:
         description += f", without {source.num_others} other files"
-    return ImageData(source, source.classes, image_size, description, augment=train, whole_size=whole_size)
+    return ImageData(source, image_size, description, augment=train)
 
 def held_out_by_name(name):
     """True for about one name in ten, whatever other files there are."""
@@ -1304,7 +1308,7 @@ def held_out_by_name(name):
     return int.from_bytes(digest[:4]) % 10 == 0
 
 def load_train_and_held_out(name, image_size):
-    """Both parts of load_data, which have the same classes."""
+    """Both parts of load_data. UserError where their classes differ; of a single class the name may."""
     train, held_out = [load_data(name, image_size, is_train) for is_train in (True, False)]
     check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
           f"--data {name}: its two parts have different class folders")
@@ -1345,14 +1349,13 @@ def build_model(model_class, config_class, state, path, device="cpu"):
         sizes = ("k", "n_layer", "head_layers", "adapter_depth", "res_blocks")
         num_blocks = sum(getattr(config, name, 0) for name in sizes)
         check(num_blocks <= len(state["model"]), "its config describes more blocks than it has weights")
-        with torch.device("meta"):  # absurd sizes are refused before they take memory
-            model_class(config).load_state_dict(state["model"], assign=True)
-        model = model_class(config)
-        model.load_state_dict(state["model"])
+        with torch.device("meta"):  # no weights are drawn in vain, and absurd sizes take no memory
+            model = model_class(config)
+        model.load_state_dict(state["model"], assign=True)
     except Exception as error:
         raise UserError(f"{path} does not fit this version of the code: weights and config disagree, or it was written "
                         f"by an older version ({one_line(error)})") from None
-    return model.to(device).eval()
+    return model.float().to(device).eval()
 
 def save_checkpoint(path, contents):
     """Writes a file that is whole or not there: until it is, the last one stays."""
@@ -1472,10 +1475,8 @@ def parse_flags(doc, presets, *config_classes):
     parser.argument_default = argparse.SUPPRESS  # flags that are not given are left out
     first = next(iter(presets))
     parser.add_argument("--preset", choices=presets, help=f"values of flags that are not given (default: {first})")
-    at_least = {}
-    for f in sum(map(fields, config_classes), ()):
-        if not f.metadata:
-            continue
+    with_flag = [f for f in sum(map(fields, config_classes), ()) if f.metadata]
+    for f in with_flag:
         shown = "; ".join(f"{preset}: {values.get(f.name, f.default)}" for preset, values in presets.items())
         help = f"{f.metadata['help']} ({shown})".replace("%", "%%")
         if f.type is bool:
@@ -1483,12 +1484,11 @@ def parse_flags(doc, presets, *config_classes):
         else:
             kind = {"type": f.type if f.type in (int, float, str) else int_tuple}
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
-        if f.type in (int, float):
-            at_least[f.name] = f.metadata["at_least"]
     flags = vars(parser.parse_args())
-    for name in flags.keys() & at_least.keys():
-        check(at_least[name] <= flags[name] < math.inf,
-              f"--{name.replace('_', '-')} is {flags[name]}; it must be at least {at_least[name]}")
+    for f in with_flag:
+        if f.type in (int, float) and f.name in flags:
+            check(f.metadata["at_least"] <= flags[f.name] < math.inf,
+                  f"--{f.name.replace('_', '-')} is {flags[f.name]}; it must be at least {f.metadata['at_least']}")
     return flags
 
 def from_settings(config_class, settings):
@@ -1500,8 +1500,9 @@ RESUME_FLAGS = {"resume", "out", "steps", "device", "workers", "log_every", "eva
 def resumed_settings(checkpoint, path, flags):
     """The settings of the run in a checkpoint, and over them the few that a resumed run may change."""
     check("settings" in checkpoint, f"{path} holds weights, not a run: it cannot be resumed")
-    for name in flags.keys() - RESUME_FLAGS:
-        raise UserError(f"--{name.replace('_', '-')} does not go with --resume, which takes it from {path}")
+    for name in flags:
+        check(name in RESUME_FLAGS,
+              f"--{name.replace('_', '-')} does not go with --resume, which takes it from {path}")
     settings = checkpoint["settings"] | checkpoint["config"] | flags
     check(checkpoint["step"] < settings["steps"],
           f"{path} is already at step {checkpoint['step']} of {settings['steps']}; to go on, give a larger --steps")
@@ -1625,29 +1626,6 @@ def compiled(model):
     check(shutil.which(name), f"--compile needs a C++ compiler, and there is no {name}: install it, or set CXX")
     return torch.compile(model)
 
-def recorded(step, device, generator=None):
-    """
-    A function like `step`, which changes tensors in place. On a GPU its kernels are recorded as a CUDA graph at the
-    second call, and from then on launched together: one after the other, they would wait for Python.
-    """
-    if device.type != "cuda":
-        return step
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    calls = itertools.count()
-
-    def run():
-        call = next(calls)
-        if call == 0:
-            return step()
-        if call == 1:
-            with torch.cuda.graph(graph):  # records the kernels without running them: replay() does
-                step()
-        graph.replay()
-
-    return run
-
 def append_row(path, row):
     """Adds a row, a dict, to a .csv file, which begins with the names of its columns."""
     with warn_if_unwritable(path), open(path, "a", newline="") as file:
@@ -1658,7 +1636,7 @@ def append_row(path, row):
         writer.writerow(values)
 
 def shuffled_range(n):
-    """range(n) in a random order, since folders come class by class, that is always the same."""
+    """range(n) in a random order, which is always the same: folders come class by class."""
     return np.random.default_rng(0).permutation(n).tolist()
 
 def batches_of_this_rank(total, batch_size):

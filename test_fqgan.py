@@ -318,10 +318,9 @@ def test_entropy_in_chunks_is_the_plain_entropy():
     leaves = [torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (100, 2**14)]  # in chunks of 16
     z, codes = (F.normalize(leaf, dim=1) for leaf in leaves)
     distance = torch.cdist(z, codes).square()
-    loss, ids = fqgan.entropy_loss(z, codes, 0.05)
+    loss = fqgan.entropy_loss(z, codes, 0.05)
     plain = plain_entropy(distance, 0.05)
     assert torch.allclose(loss, plain)
-    assert torch.equal(ids, distance.argmin(1))
     gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
     for a, b in zip(gradients, torch.autograd.grad(plain, leaves)):
         assert torch.allclose(a, b, atol=1e-9)
@@ -694,14 +693,14 @@ def test_unreadable_images(tmp_path, capsys):
     assert data.failed.sum() == 1 and capsys.readouterr().err.count(paths[7].name) == 1, "named once"
     for path in paths[20:40]:
         path.write_bytes(b"not an image")
-    with refused("more than 1 %"):
+    with refused("too many, see above"):
         list(map(data.__getitem__, range(60)))
-    with pytest.raises(UserError, match="more than 1 %") as error:  # raised in a worker process, it arrives as one line
+    with pytest.raises(UserError, match="too many") as error:  # raised in a worker process, it arrives as one line
         list(torch.utils.data.DataLoader(load_data(tmp_path / "f", 16, True), 10, num_workers=1))
     assert str(error.value).strip().splitlines()[-1].startswith("fqgan.UserError: ")
 
-def test_the_1_percent_is_of_the_whole_data_set(tmp_path):
-    """2 unreadable images of 300, both held out, ended a run at its first evaluation."""
+def test_few_unreadable_images_of_a_small_data_set(tmp_path):
+    """2 of 300, both held out, ended a run at its first evaluation."""
     save_noise(tmp_path / "f", 300, size=(8, 8))
     held_out = load_data(tmp_path / "f", 8, False)
     for path, _ in held_out.source.samples[:2]:
@@ -841,6 +840,20 @@ def test_cached_sampling_is_uncached_sampling(k, head_layers, cfg_scale):
     assert torch.equal(model.generate(labels, cfg_scale, generator=seeded(1)), ids)
     assert not torch.equal(model.generate(labels, cfg_scale, generator=seeded(2)), ids)
 
+def test_positions_are_turned_in_float32(monkeypatch):
+    """Judging its own draws in bfloat16 (--best-of), the GPT turned by other angles than in drawing them."""
+    turned = Mock(side_effect=fqgan.rotate)
+    monkeypatch.setattr(fqgan, "rotate", turned)
+    model = small_gpt(2).bfloat16()
+    model(*random_batch(model))
+    model.generate(torch.arange(3))
+    assert {call.args[1].dtype for call in turned.call_args_list} == {torch.float32}
+
+def test_sampling_under_autocast():
+    """Keys were cast to the cache's type, values were not: an error."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small_gpt(2).generate(torch.arange(3)).shape == (3, 2, 3, 3)
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
 def test_all_positions_are_one_graph(k, cfg_scale, monkeypatch):
@@ -854,7 +867,12 @@ def test_all_positions_are_one_graph(k, cfg_scale, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(fqgan, "recorded", lambda step, *_: torch.compile(step, backend=backend, fullgraph=True))
+    def repeat(step, times, *_):
+        step = torch.compile(step, backend=backend, fullgraph=True)
+        for _ in range(times):
+            step()
+
+    monkeypatch.setattr(fqgan, "repeat", repeat)
     assert torch.equal(model.generate(labels, cfg_scale, temperature=0), expected)
     assert len(graphs) == 1
 
@@ -2060,7 +2078,7 @@ def items_of(data, n):
     return default_collate([data[i] for i in indices])
 
 @torch.no_grad()
-def test_evaluate_a_tokenizer(tmp_path, trained, offline, capsys):
+def test_evaluate_a_tokenizer(tmp_path, trained, offline, own_network, capsys):
     """What has no weights is n/a with its reason, the rest is measured."""
     flags = ["--tokenizer", trained / "tokenizer.pt", "--out", tmp_path / "e.png"]
     metrics = metrics_of(tmp_path, *flags, "--n", 50)
@@ -2095,6 +2113,8 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, capsys):
     assert {"probe_1", "probe_2", "mutual_information_1_2_by_chance"} <= metrics.keys()
     one = metrics_of(tmp_path, *flags, "--n", 1)
     assert one["psnr"] > 0 and one["probe_1"] is not None, "what can be measured of one image, is"
+    one = metrics_of(tmp_path, *flags, "--n", 1, "--features", own_network)
+    assert one["psnr"] > 0 and one["rfd"] is None, "no network's weights, or too few images for its statistics"
 
 @pytest.fixture(scope="session")
 def six_images(tmp_path_factory, trained):
@@ -2202,6 +2222,8 @@ def test_evaluate_two_sets(tmp_path, own_network, capsys):
     statistics = metrics_of(tmp_path, "--real", tmp_path / "0.npz", "--fake", tmp_path / "1.npz")
     assert math.isclose(statistics["fid"], 4), "two files of statistics need no network"
     assert "0.npz does not say of which network" in capsys.readouterr().out
+    statistics = metrics_of(tmp_path, "--real", stats, "--fake", stats)
+    assert statistics["fd"] < 1e-6 and "Inception" not in statistics["protocol"], "they are of another network"
 
     # images and statistics in one file, as ADM's: with --features its images count, and nothing is said of the others
     np.savez(tmp_path / "both.npz", arr_0=np.load(tmp_path / "a.npz")["arr_0"], mu=np.zeros(4), sigma=np.eye(4))
@@ -2210,14 +2232,16 @@ def test_evaluate_two_sets(tmp_path, own_network, capsys):
     assert "does not say" not in capsys.readouterr().out
     assert both["protocol"].count("both.npz, cropped to 16: 6 images;") == 1
 
+    np.savez(tmp_path / "names.npz", arr_0=np.zeros((6, 16, 16, 3), np.uint8), labels=["moon"] * 6)
     other = tmp_path / "other.pt2"  # another network of the same width
     torch.export.save(torch.export.load(own_network), other, extra_files={"x": "y"})
     for argv, message in [
         (["--real", a, "--inception", "nowhere.pth"], "no file at nowhere.pth"),
         (["--real", stats, "--features", other], "statistics of another network"),
-        (["--real", stats, *features, "--image-size", 12], "statistics of another image_size: 16"),
+        (["--real", stats, *features, "--image-size", 12], "statistics of images of another size than 12"),
         (["--real", stats, *features, "--save-stats", tmp_path / "again.npz"], "--save-stats is for images"),
         (["--data", "shapes", "--fake", tmp_path / "0.npz"], "give --image-size"),
+        (["--real", tmp_path / "names.npz", *features], "labels do not fit arr_0: they are <U4"),
     ]:
         with refused(message):
             call(evaluate, "--fake", b, *argv, "--device", "cpu")
@@ -2245,7 +2269,8 @@ def test_inception_score_of_sorted_images():
     for n in (10_000, 5_001, 40):
         kept = logits[:n] if n > 5001 else logits[torch.arange(n) * 10_000 // n]
         fake = evaluate.Statistics("", np.zeros(2), np.eye(2), logits=kept)
-        assert evaluate.compare(real, fake, None, torch.device("cpu"))[0]["inception_score"] > 9.9
+        network = SimpleNamespace(is_inception=True)
+        assert evaluate.compare(real, fake, network, torch.device("cpu"))[0]["inception_score"] > 9.9
     assert evaluate.inception_score(logits)[0] < 6
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit
@@ -2303,3 +2328,6 @@ def test_samples_are_named(tmp_path, trained, own_network):
     np.savez(path, arr_0=arrays["arr_0"], labels=np.zeros(30, int))
     without_names = metrics_of(tmp_path, *flags)
     assert "not equally frequent" in without_names["protocol"] and without_names["named"] is not None
+    save_noise(tmp_path / "flat", 6, (16, 16))
+    without_labels = metrics_of(tmp_path, *flags, "--fake", tmp_path / "flat")
+    assert "no labels" in without_labels["missing"]["named"] and "frequent" not in without_labels["protocol"]

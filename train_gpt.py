@@ -163,11 +163,10 @@ def evaluate(model, records, args, device):
     """Cross-entropy of each sub-codebook's codes, in nats, on --eval-images of the held-out images: (k)."""
     k = model.config.k
     indices = shuffled_range(len(records))[:args.eval_images]
-    indices = indices[rank()::world_size()]
     size = min(32, args.batch_size // (args.accumulate * world_size()))  # all logits at once take memory
     total = torch.zeros(k + 1, device=device)  # sums of the k cross-entropies, number of images
-    for i in range(0, len(indices), size):
-        ids, labels = get_batch(records, indices[i:i + size], 0, device)
+    for batch in batches_of_this_rank(len(indices), size):
+        ids, labels = get_batch(records, indices[batch.start:batch.stop], 0, device)
         logits, _ = model(ids, labels)  # (B, k, h*w, vocab_size), in float32: no autocast
         losses = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(len(ids), k, -1)
         total[:k] += losses.mean(2).sum(0)
@@ -345,7 +344,7 @@ def main():
         num_skipped = 0 if is_finite else num_skipped + 1
         if num_skipped:
             print0(f"step {step} left out: the gradient is not finite")
-            check(num_skipped < 50, f"{num_skipped} steps in a row were not finite: try again with a smaller --lr")
+            check(num_skipped < 50, f"{num_skipped} steps in a row were not finite: begin again with a smaller --lr")
         stopping = on_any_rank(signals, device)
         evaluating = step % args.eval_every == 0 or step == args.steps
         logging = step % args.log_every == 0 or evaluating

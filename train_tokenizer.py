@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from fqgan import (
-    all_reduce, append_row, autocast, barrier, catch_signals, center_crop, check, cli, code_usage, compiled,
-    Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss, ignore_signals,
+    all_reduce, append_row, autocast, barrier, batches_of_this_rank, catch_signals, center_crop, check, cli, code_usage,
+    compiled, Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss, ignore_signals,
     load_checkpoint, load_teacher, load_train_and_held_out, lock_output, LPIPS, on_any_rank, one_line, parse_flags,
     pick_dtype, print0, psnr, random_crop, RandomFeatures, rank, reconstruction_rows, refuse_output_inside_data,
     resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range, training_batches, UserError,
@@ -131,29 +131,25 @@ def load_init(model, weights, path):
 def evaluate(model, data, args, device):
     """PSNR (dB, mean over images), and how often each sub-codebook's codes are chosen, on --eval-images of `data`."""
     config = model.config
-    indices = shuffled_range(len(data))[:args.eval_images]
-    indices = indices[rank()::world_size()]
-    size = args.batch_size // (args.accumulate * world_size())
-    batches = [indices[i:i + size] for i in range(0, len(indices), size)]
+    part = Subset(data, shuffled_range(len(data))[:args.eval_images])
+    batches = batches_of_this_rank(len(part), args.batch_size // (args.accumulate * world_size()))
     total = torch.zeros(2, device=device)  # sum of PSNR, number of images
     counts = torch.zeros(config.k, config.codebook_size, dtype=torch.long, device=device)
-    loader = DataLoader(data, batch_sampler=batches, num_workers=args.workers,
-                        worker_init_fn=ignore_signals)
+    loader = DataLoader(part, batch_sampler=batches, num_workers=args.workers, worker_init_fn=ignore_signals)
     # in float32, whatever the model trains in
     for images, _ in loader:
         images = images.to(device)
         ids = model.encode(images)
         total[0] += psnr(images, model.decode(ids)).sum()
         total[1] += len(images)
-        count_codes(counts, ids.unbind(1))
+        count_codes(counts, ids.transpose(0, 1))
     all_reduce(total)
     return float(total[0] / total[1]), all_reduce(counts)
 
 def count_codes(counts, ids):
-    """Adds to counts (k,V) the choices ids, k tensors (B,h,w)."""
-    for count, chosen in zip(counts, ids):
-        chosen = chosen.flatten()
-        count.scatter_add_(0, chosen, torch.ones_like(chosen))
+    """Adds to counts (k,V) the choices ids (k,B,h,w)."""
+    ids = ids.flatten(1)
+    counts.scatter_add_(1, ids, torch.ones_like(ids))
 
 def by_codebook(name, values):
     """-> {"NAME_1": first value, ...}"""
@@ -332,7 +328,7 @@ def main():
             # for the log
             for name, value in losses.items():
                 step_losses[name] = step_losses.get(name, 0) + value.detach() / args.accumulate
-            count_codes(counts, [branch.quantizer.last_ids for branch in model.branches])
+            count_codes(counts, torch.stack([branch.quantizer.last_ids for branch in model.branches]))
 
         # each network steps, unless its own gradient is not finite
         all_finite = True
@@ -352,7 +348,7 @@ def main():
         num_skipped = 0 if all_finite else num_skipped + 1
         if num_skipped:
             bad = [name for name, value in step_losses.items() if not value.isfinite()]
-            print0(f"step {step} left out: {', '.join(bad) or 'the gradient'} not finite")
+            print0(f"step {step} left out: {', '.join(bad) or 'a gradient'} not finite")
             check(num_skipped < 50, f"{num_skipped} steps in a row were not finite: begin again with a smaller --lr")
         stopping = on_any_rank(signals, device)
         evaluating = step % args.eval_every == 0 or step == args.steps
@@ -383,7 +379,7 @@ def main():
         if evaluating:
             val_psnr, val_counts = evaluate(model.eval(), val_data, args, device)
             val_usage, val_perplexity = code_usage(val_counts)
-            print0(f"step {step}/{args.steps}  held out: PSNR {val_psnr:.2f} dB, {int(val_counts[0].sum())} tokens, "
+            print0(f"step {step}/{args.steps}  held out: PSNR {val_psnr:.2f} dB, {int(val_counts[0].sum())} positions, "
                    f"codes used {joined(100 * val_usage, '.1f')} %, perplexity {joined(val_perplexity, '.0f')}")
             if rank() == 0:
                 images = [val_data[i][0] for i in shuffled_range(len(val_data))[:10]]
