@@ -47,8 +47,8 @@ def parse_options():
     add("--top-p", type=numbers, default=1.0, help="sample from the likeliest codes that make up p (default: 1)")
     add("--best-of", type=int, default=1, metavar="N", help="draw N for each image, keep the one whose class the GPT "
         "is surest of, which takes a pass for each class there is (default: %(default)s)")
-    add("--seed", type=int, default=0, help="another seed, other samples (default: 0)")
-    add("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--seed", type=int, default=0, help="another seed (or batch size), other samples (default: 0)")
+    add("--batch-size", type=int, default=64, help="images at a time, each of --best-of draws (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps, cpu, ... (default: the best there is)")
     add("--dtype", default="auto", help="of the GPT: float32, bfloat16, float16 (default: bfloat16 where it is fast)")
     options = parser.parse_args()
