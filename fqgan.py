@@ -1620,11 +1620,10 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-def compiled(model):
-    """torch.compile, which fails in the first step, in a hundred lines, where there is no compiler."""
+def check_compiler():
+    """Without one torch.compile fails in the first step, in a hundred lines."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     check(shutil.which(name), f"--compile needs a C++ compiler, and there is no {name}: install it, or set CXX")
-    return torch.compile(model)
 
 def append_row(path, row):
     """Adds a row, a dict, to a .csv file, which begins with the names of its columns."""

@@ -32,7 +32,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch.utils.data import default_collate
 
 import evaluate
@@ -218,15 +218,6 @@ def tokenizer(request):
     return small_tokenizer(k=k, downsample=downsample, image_size=32, patch_size=1, channel_mult=(),
                            codebook_size=16, codebook_dim=8, adapter_width=64)
 
-def test_tokenizer_trains_every_weight(tokenizer):
-    images = images_like(tokenizer.config)
-    reconstruction, losses = tokenizer.train()(images)
-    assert reconstruction.shape == images.shape
-    assert losses.keys() == {"codebook", "commit", "entropy", "disentangle", "reconstruct"}
-    assert all(loss.ndim == 0 for loss in losses.values())
-    sum(losses.values()).backward()
-    assert not [name for name, p in tokenizer.named_parameters() if p.grad is None]
-
 def test_tokenizer_encodes_and_decodes(tokenizer):
     images = images_like(tokenizer.config)
     k = tokenizer.config.k
@@ -247,12 +238,13 @@ def test_tokenizer_encodes_and_decodes(tokenizer):
     with refused(rf"shape \(2, {k + 1}, {grid}, {grid}\), expected \(B, {k}, h, w\)"):
         tokenizer.decode(torch.cat([ids, ids[:, :1]], 1))
 
-@torch.no_grad()
-def test_losses_are_summed_over_sub_codebooks_with_their_weights(tokenizer):
+def test_losses_of_all_sub_codebooks_train_every_weight(tokenizer):
+    """Each is the sum over sub-codebooks, with its weight."""
     options = dict(commit_weight=0.3, entropy_weight=0.2, entropy_temperature=0.5)
-    model = FQGAN(dataclasses.replace(tokenizer.config, disentangle_weight=0.7, **options)).eval()
+    model = FQGAN(dataclasses.replace(tokenizer.config, disentangle_weight=0.7, **options))
     images = images_like(model.config)
     reconstruction, losses = model(images)
+    assert reconstruction.shape == images.shape
     expected = {"reconstruct": F.mse_loss(reconstruction, images), "codebook": 0, "commit": 0, "entropy": 0}
     chosen = []
     for branch, z in zip(model.branches, model.encode_vectors(images)):
@@ -264,10 +256,8 @@ def test_losses_are_summed_over_sub_codebooks_with_their_weights(tokenizer):
             expected[name] += loss
     expected["disentangle"] = 0.7 * disentangle_loss(chosen)
     assert_close(losses, expected, atol=1e-6)
-
-@pytest.mark.parametrize("mult", [(1, 2, 4), (1, 2, 2, 4), (1, 1, 2, 2, 4), (1, 1, 1, 2, 2, 4)])
-def test_published_widths_are_the_default(mult):
-    assert FQGANConfig(downsample=2 ** (len(mult) - 1)).channel_mult == mult
+    sum(losses.values()).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 def test_without_adapters_any_size_is_taken():
     model = small_tokenizer(k=1, adapter_depth=0)
@@ -324,17 +314,6 @@ def test_entropy_in_chunks_is_the_plain_entropy():
     gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
     for a, b in zip(gradients, torch.autograd.grad(plain, leaves)):
         assert torch.allclose(a, b, atol=1e-9)
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 0), (torch.bfloat16, 0.02)])
-def test_group_norm_keeps_the_type_of_its_maps(dtype, atol):
-    """On a CPU. On a GPU, where this test does not run, autocast would make bfloat16 maps float32."""
-    norm = fqgan.GroupNorm(64, FQGANConfig())
-    torch.nn.init.uniform_(norm.weight)
-    x = torch.randn(2, 64, 5, 5).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = norm(x)
-    assert y.dtype == dtype
-    assert torch.allclose(y.float(), F.group_norm(x.float(), 32, norm.weight, norm.bias, 1e-6), atol=atol)
 
 def test_a_square_of_positions_shares_a_code():
     """The mean of its vectors is quantized; a square larger than the grid is the grid."""
@@ -415,7 +394,11 @@ def test_teachers_supervise_the_last_sub_codebooks():
 def test_adversary():
     disc = fqgan.Discriminator()
     assert disc(torch.randn(2, 3, 256, 256)).shape == (2, 1, 30, 30)
-    assert sorted(disc.state_dict())[:2] == ["main.0.bias", "main.0.weight"] and "main.11.weight" in disc.state_dict()
+    images = torch.zeros(1, 3, 256, 256, requires_grad=True)
+    disc.eval()(images)[0, 0, 15, 15].backward()
+    for dims in ((0, 1, 3), (0, 1, 2)):
+        places = images.grad.abs().sum(dims).nonzero()
+        assert places.max() - places.min() + 1 == 70, "a logit sees 70x70 pixels"
     loss = fqgan.hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))
     assert loss == 0.5 * ((0 + 1) / 2 + (0 + 2) / 2)
 
@@ -453,7 +436,7 @@ def test_recomputing_changes_nothing(monkeypatch):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.compile, about checkpointing
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer, recompute", "gpt"])
 def test_models_compile_as_one_graph(name):
-    """Nothing falls back to Python, which would be silent and slow; and the losses are the same."""
+    """Nothing falls back to Python, which would be silent and slow; losses and gradients are the same."""
     if name == "gpt":
         model = small_gpt(dropout=0.0, label_dropout=0.0)
         arguments = random_batch(model)
@@ -463,8 +446,9 @@ def test_models_compile_as_one_graph(name):
     plain = model.train()(*arguments)[1]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(*arguments)[1]
     assert_close(compiled, plain)
-    loss = compiled if name == "gpt" else sum(compiled.values())
-    loss.backward()
+    losses = [each if name == "gpt" else sum(each.values()) for each in (plain, compiled)]
+    gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 def test_no_image_changes_sides(tmp_path):
     """With one file more, all held-out images were among those that a run had been trained on."""
@@ -525,7 +509,6 @@ FORMATS = {  # file's name: (image, the color of its center)
     "cmyk.jpg": (RED.convert("CMYK"), (200, 30, 40)),
     "transparent.png": (Image.new("RGBA", (40, 20), (200, 30, 40, 0)), (255, 255, 255)),
     "16bit.png": (Image.fromarray(np.uint16(257 * MIDDLE)), None),
-    "16bit.tiff": (Image.fromarray(np.uint16(257 * MIDDLE)), None),
     "16bit.pgm": (Image.fromarray(np.uint16(257 * MIDDLE)), None),
     "32bit.tiff": (Image.fromarray(np.int32(MIDDLE)), None),
     "float.tiff": (Image.fromarray(np.float32(MIDDLE / 256)), None),
@@ -684,6 +667,7 @@ def test_training_crops_are_drawn_and_repeatable(tmp_path):
     assert torch.equal(train_tokenizer.TrainingItems(shapes)[fqgan.Draw(3, "0 0")][0], shapes[3][0])
 
 def test_unreadable_images(tmp_path, capsys):
+    """Ten, of however few, may be: 2 of 300, both held out, ended a run at its first evaluation."""
     save_noise(tmp_path / "f", 300)
     data = load_data(tmp_path / "f", 16, True)
     paths = [Path(path) for path, _ in data.source.samples]
@@ -691,21 +675,16 @@ def test_unreadable_images(tmp_path, capsys):
     for _ in range(2):
         assert torch.equal(data[7][0], data[8][0]), "the next image stands in"
     assert data.failed.sum() == 1 and capsys.readouterr().err.count(paths[7].name) == 1, "named once"
-    for path in paths[20:40]:
+    for path in paths[20:29]:
         path.write_bytes(b"not an image")
+    list(map(data.__getitem__, range(40)))
+    assert data.failed.sum() == 10
+    paths[40].write_bytes(b"")
     with refused("too many, see above"):
-        list(map(data.__getitem__, range(60)))
+        data[40]
     with pytest.raises(UserError, match="too many") as error:  # raised in a worker process, it arrives as one line
         list(torch.utils.data.DataLoader(load_data(tmp_path / "f", 16, True), 10, num_workers=1))
     assert str(error.value).strip().splitlines()[-1].startswith("fqgan.UserError: ")
-
-def test_few_unreadable_images_of_a_small_data_set(tmp_path):
-    """2 of 300, both held out, ended a run at its first evaluation."""
-    save_noise(tmp_path / "f", 300, size=(8, 8))
-    held_out = load_data(tmp_path / "f", 8, False)
-    for path, _ in held_out.source.samples[:2]:
-        Path(path).write_bytes(b"")
-    assert len(list(map(held_out.__getitem__, range(len(held_out))))) > 9 and held_out.failed.sum() == 2
 
 def test_cifar(monkeypatch):
     def made(root, train, download):
@@ -716,14 +695,6 @@ def test_cifar(monkeypatch):
     train, held_out = fqgan.load_train_and_held_out("cifar100", 16)
     assert train.source.train and not held_out.source.train
     assert train.classes == fqgan.Shapes.classes and train[1][1] == 1 and train.augment
-
-def test_a_large_text_chunk_is_the_reason(tmp_path, capsys):
-    """Pillow refuses such a PNG for a limit of its own: the image is not damaged."""
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("comment", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
-    load_data(tree(tmp_path, "b.png"), 8, True)[0]
-    assert re.fullmatch(r".*a\.png.*MAX_TEXT_CHUNK.*\n", capsys.readouterr().err)
 
 def test_order_is_the_same_on_any_number_of_ranks(monkeypatch):
     def batches(rank=0, world_size=1, first_step=0, accumulate=1):
@@ -771,6 +742,10 @@ def test_dropout_is_on_in_training_only():
     batch = random_batch(model)
     assert same(model(*batch), model(*batch))
     assert not torch.allclose(model.train()(*batch)[1], model(*batch)[1])
+    x = torch.randn(2, 3, model.config.n_embd)
+    for block in (*model.trunk, *model.head):
+        block.dropout.p = 1.0
+        assert torch.equal(block(x), x), "of attention and of MLP all is dropped"
 
 def test_gpt_loss_is_the_mean_cross_entropy():
     """In training too, where it may be computed without all logits at once; its gradients with it."""
@@ -849,6 +824,24 @@ def test_positions_are_turned_in_float32(monkeypatch):
     model.generate(torch.arange(3))
     assert {call.args[1].dtype for call in turned.call_args_list} == {torch.float32}
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
+def test_a_gpu_gives_what_a_cpu_gives():
+    """Positions are replayed there, each with its own random numbers; autocast would make maps float32."""
+    model = small_gpt(3)
+    labels = torch.arange(5)
+    expected = model.generate(labels, 2.0, temperature=0)
+    model.cuda()
+    assert torch.equal(model.generate(labels.cuda(), 2.0, temperature=0).cpu(), expected)
+    for output in model.outputs:
+        torch.nn.init.zeros_(output.weight)  # all codes are equally likely
+    ids = model.generate(labels.cuda(), generator=torch.Generator("cuda").manual_seed(1))
+    assert len(ids[:, 0].flatten(1).unique(dim=1)[0]) == 9, "no position repeats another"
+    norm = fqgan.GroupNorm(64, FQGANConfig()).cuda()
+    x = torch.randn(2, 64, 5, 5, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), F.group_norm(x.float(), 32, eps=1e-6), atol=0.03)
+
 def test_sampling_under_autocast():
     """Keys were cast to the cache's type, values were not: an error."""
     with torch.autocast("cpu", torch.bfloat16):
@@ -876,24 +869,18 @@ def test_all_positions_are_one_graph(k, cfg_scale, monkeypatch):
     assert torch.equal(model.generate(labels, cfg_scale, temperature=0), expected)
     assert len(graphs) == 1
 
-@pytest.mark.parametrize("cfg_scale", [[1.0, 3.0, 1.5], [0.0, 0.5, 1.0]])
-def test_sampling_parameters_of_each_code(cfg_scale):
+@pytest.mark.parametrize("cfg_scale, temperature, top_k, top_p, cfg_power", [
+    ([1.0, 3.0, 1.5], [1.0, 0.0, 0.7], [0, 0, 4], [0.8, 1.0, 1.0], [0, 0, 0]),
+    ([0.0, 0.5, 1.0], [1.0, 0.0, 0.7], [0, 0, 4], [0.8, 1.0, 1.0], [0, 0, 0]),
+    ([2.0, 3.0, 4.0], [1.0] * 3, [0] * 3, [1.0] * 3, [1, 2, 0]),
+])
+def test_sampling_parameters_of_each_code(cfg_scale, temperature, top_k, top_p, cfg_power):
+    """Guidance that grows begins with none; with a power of 1 the last one's is twice as far from 1 as the mean."""
     model = small_gpt(3)
     labels = torch.arange(5)
-    parameters = cfg_scale, [1.0, 0.0, 0.7], [0, 0, 4], [0.8, 1.0, 1.0]
-    plain = uncached(model, labels, *parameters, seeded(1))
-    assert torch.equal(model.generate(labels, *parameters, generator=seeded(1)), plain)
-
-def test_guidance_that_grows():
-    """From none at the first position; with a power of 1 the last one's is twice as far from 1 as the mean."""
-    model = small_gpt(3)
-    labels = torch.arange(5)
-    parameters = [2.0, 3.0, 4.0], [1.0] * 3, [0] * 3, [1.0] * 3
-    plain = uncached(model, labels, *parameters, seeded(1), cfg_power=(1, 2, 0))
-    assert torch.equal(model.generate(labels, *parameters, seeded(1), cfg_power=[1, 2, 0]), plain)
-    assert not torch.equal(model.generate(labels, *parameters, seeded(1)), plain)
-    of_one_position = small_gpt(2, grid=1)
-    assert of_one_position.generate(labels, 2.0, cfg_power=1).shape == (5, 2, 1, 1)
+    parameters = cfg_scale, temperature, top_k, top_p
+    plain = uncached(model, labels, *parameters, seeded(1), cfg_power)
+    assert torch.equal(model.generate(labels, *parameters, seeded(1), cfg_power), plain)
 
 def test_greedy_sampling():
     model = small_gpt(3, dropout=0.5)
@@ -903,6 +890,7 @@ def test_greedy_sampling():
     assert torch.equal(greedy, model.generate(labels, 2.0, temperature=1e-45)), "no overflow"
     assert torch.equal(greedy, model.train().generate(labels, 2.0, temperature=0)), "dropout is off while sampling"
     assert model.generate(torch.arange(0), cfg_scale=2.0).shape == (0, 3, 3, 3)
+    assert small_gpt(2, grid=1).generate(labels, 2.0, cfg_power=1).shape == (5, 2, 1, 1)
 
 @pytest.mark.parametrize("options", [
     dict(cfg_scale=[1.0, 2.0]), dict(cfg_scale=math.inf), dict(temperature=-1), dict(temperature=[1.0, math.nan, 1.0]),
@@ -989,28 +977,19 @@ ENDLESS = dict(teacher_widths=torch.zeros(1).expand(10**7, 10**6))
     (dict(config=dict(adapter_depth=10**9)), "more blocks than it has weights"),
     (dict(model=Hostile("touched")), "damaged"),
     (dict(kind="gpt"), "not a tokenizer checkpoint but a gpt's"),
+    (None, "is not a tokenizer checkpoint"),
     (dict(kind=None), "not a tokenizer checkpoint; .* `python tools/convert.py x.pt tokenizer.pt`"),
 ])
 def test_checkpoints_that_cannot_be_used(change, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_small(tmp_path)
     state = load("tokenizer.pt")
-    if change.get("config"):
+    if change and change.get("config"):
         change = dict(config=state["config"] | change["config"])
-    torch.save(state | change, "x.pt")
+    torch.save(change and state | change, "x.pt")
     with refused(f"x.pt.* {message}"):
         fqgan.load_tokenizer("x.pt")
     assert not Path("touched").exists()
-
-def test_files_that_are_no_checkpoints(tmp_path):
-    path = tmp_path / "x.pt"
-    torch.save([1, 2], path)
-    with refused("x.pt is not a tokenizer checkpoint"):
-        fqgan.load_tokenizer(path)
-    for size in (path.stat().st_size // 2, 0):
-        os.truncate(path, size)
-        with refused("damaged, cut off"):
-            fqgan.load_tokenizer(path)
 
 def test_generators_that_do_not_fit(tmp_path):
     save_small(tmp_path, k=3)
@@ -1018,14 +997,11 @@ def test_generators_that_do_not_fit(tmp_path):
     save_small(tmp_path)
     state = load(tmp_path / "gpt.pt")
     bare = {name: part for name, part in state.items() if name != "tokenizer"}
-    inner = state["tokenizer"] | {"config": state["tokenizer"]["config"] | ENDLESS}
-    for changed, tokenizer, message in [
-        (state | dict(tokenizer=inner), None, "no config of plain values"),
-
-        (bare, None, "holds no tokenizer: name it with --tokenizer"),
-        (bare, tmp_path / "other.pt", "trained for k 2, the tokenizer has 3"),
+    torch.save(bare, tmp_path / "gpt.pt")
+    for tokenizer, message in [
+        (None, "holds no tokenizer: name it with --tokenizer"),
+        (tmp_path / "other.pt", "trained for k 2, the tokenizer has 3"),
     ]:
-        torch.save(changed, tmp_path / "gpt.pt")
         with refused(message):
             load_models(tmp_path / "gpt.pt", tokenizer)
 
@@ -1179,13 +1155,6 @@ def test_auto_takes_the_faster_dtype(monkeypatch, cpu, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     assert fqgan.pick_dtype("auto", torch.device("cpu")) == dtype
 
-def test_the_log_is_appended_to(tmp_path):
-    """Columns are those of the first row."""
-    path = tmp_path / "log.csv"
-    fqgan.append_row(path, dict(step=1, loss=0.5, psnr=None))
-    fqgan.append_row(path, dict(step=2, loss=1 / 3, psnr=20.25))
-    assert path.read_text().split() == ["step,loss,psnr", "1,0.5,", "2,0.333333,20.25"]
-
 def test_grids_keep_the_shape_of_images(tmp_path):
     rows = [("a", torch.ones(2, 3, 20, 40)), ("b", -torch.ones(1, 3, 20, 40))]
     fqgan.save_grid(tmp_path / "grid.png", rows)
@@ -1196,6 +1165,7 @@ def test_grids_keep_the_shape_of_images(tmp_path):
 def test_figures():
     flat = torch.zeros(1, 3, 16, 16)
     assert math.isclose(fqgan.psnr(flat, flat + 10 / 127.5), 20 * math.log10(255 / 10), rel_tol=1e-5)
+    assert fqgan.psnr(flat, flat).isfinite(), "else a mean with one such image is infinite"
     counts = torch.tensor([[5, 5, 0, 0], [1, 1, 1, 1], [8, 0, 0, 0]])
     used, perplexity = fqgan.code_usage(counts)
     assert used.tolist() == [0.5, 1.0, 0.25] and np.allclose(perplexity, [2, 4, 1])
@@ -1231,15 +1201,20 @@ def test_both_scripts_make_what_they_say(trained):
         terms = [float(row[name]) for name in losses]
         assert math.isclose(float(row["loss"]), sum(terms), rel_tol=1e-3)
 
-    saved = load(trained / "tokenizer.pt")
-    model = fqgan.load_tokenizer(trained / "tokenizer.pt")
-    assert same(model.state_dict(), saved["model"]) and not model.training
-    assert model.config == FQGANConfig(**saved["config"]) and model.config.k == 2
     assert Image.open(trained / "recon.png").height > 4 * 96
     gpt, tokenizer, classes = load_models(trained / "gpt.pt")
     assert gpt.config.num_classes == 10 and classes[4] == "star" and gpt.config.grid == 4
-    assert same(gpt.state_dict(), load(trained / "gpt.pt")["model"]) and not gpt.training
-    assert same(model.state_dict(), tokenizer.state_dict()), "the GPT's checkpoint holds its tokenizer"
+    own = load(trained / "tokenizer.pt")["model"]
+    assert same(own, tokenizer.state_dict()), "the GPT's checkpoint holds its tokenizer"
+
+def test_rows_of_the_picture():
+    model = small_tokenizer(k=3)
+    images = images_like(model.config)
+    ids = model.encode(images)
+    rows = dict(fqgan.reconstruction_rows(model, images))
+    assert list(rows) == ["original", "1 alone", "1 to 2", "all 3", "2 alone", "3 alone"]
+    assert torch.equal(rows["1 to 2"], model.decode(ids, only=[0, 1]))
+    assert torch.equal(rows["3 alone"], model.decode(ids, only=[2]))
 
 PLAIN_RUN = dict(warmup=2, final_lr=0.1, lr=0.004, grad_clip=0.05, accumulate=2, workers=0, eval_every=4)
 
@@ -1264,15 +1239,9 @@ def plain_run(parts, add_gradients, size):
             optimizer.step()
             optimizer.zero_grad()
 
-class Distance(torch.nn.Module):
-    """In the place of RandomFeatures: with their loss, rounding alone grows above this test's tolerance."""
-
-    def forward(self, images, others):
-        return (images - others).abs().mean((1, 2, 3))
-
 def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     """Learning rates, accumulation, clipping, every term with its weight and its start."""
-    monkeypatch.setattr(train_tokenizer, "RandomFeatures", Distance)
+    monkeypatch.setattr(train_tokenizer, "RandomFeatures", torch.nn.L1Loss)  # theirs lets roundings grow
     losses = dict(
         perceptual="random", perceptual_weight=0.7, disc_weight=0.5, disc_start=2, disc_lr=0.0005,
         entropy_final=0.03, entropy_weight=0.05, commit_weight=0.4, disentangle_weight=0.2,
@@ -1292,7 +1261,7 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
         images, _ = default_collate([data[i] for i in indices])
         reconstruction, losses = model(images)
         losses["entropy"] = losses["entropy"] * 0.03 ** (step / 4)
-        loss = sum(losses.values()) + 0.7 * Distance()(images, reconstruction).mean()
+        loss = sum(losses.values()) + 0.7 * F.l1_loss(images, reconstruction)
         if step >= 2:
             loss = loss - 0.5 * disc(reconstruction).mean()
         (loss / 2).backward(inputs=list(model.parameters()))
@@ -1319,9 +1288,9 @@ def test_training_the_tokenizer_is_its_plain_loop(tmp_path, monkeypatch):
     assert math.isclose(float(rows[-1]["discriminator"]), sum(disc_losses[-2:]).item(), rel_tol=1e-4)
 
 def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
-    """Also the weight decay, of matrices only."""
+    """Also the weight decay, of matrices only, and which view of an image is drawn."""
     folder = make_folder(tmp_path / "images")
-    flags = [*TINY_GPT_RUN, *as_flags(PLAIN_RUN), "--no-muon", "--label-dropout", 0, "--data", folder]
+    flags = [*TINY_GPT_RUN, *as_flags(PLAIN_RUN), "--no-muon", "--label-dropout", 0, "--crops", 2, "--data", folder]
     call(train_gpt, "--out", tmp_path, "--tokenizer", trained / "tokenizer.pt", *flags)
     state = load(tmp_path / "gpt.pt")
     tokens, held_out = (np.load(tmp_path / f"tokens_{part}.npy") for part in ("train", "val"))
@@ -1332,12 +1301,15 @@ def test_training_the_gpt_is_its_plain_loop(tmp_path, trained):
     groups = [dict(params=matrices, weight_decay=0.05), dict(params=vectors, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
-    def loss_of(model, records):
-        ids = torch.from_numpy(records["ids"][:, 0].astype(np.int64))
+    def loss_of(model, records, views=0):
+        ids = torch.from_numpy(records["ids"][np.arange(len(records)), views].astype(np.int64))
         return model(ids, torch.from_numpy(records["label"].astype(np.int64)))[1]
 
+    order = np.random.default_rng([0, 0]).permutation(len(tokens)).tolist()
+
     def add_gradients(indices, step):
-        (loss_of(model, tokens[indices]) / 2).backward()
+        views = [random.Random(f"0 {order.index(i)}").randrange(2) for i in indices]  # by the place in training
+        (loss_of(model, tokens[indices], views) / 2).backward()
 
     plain_run([(model, optimizer, 0.004)], add_gradients, len(tokens))
     assert_close(state["model"], model.state_dict())
@@ -1525,14 +1497,6 @@ def run_on_ranks(ranks, folder, *commands, env=SHELL):
     assert told.returncode == 0, told.stderr
     return told.stdout
 
-def same_moments(*paths):
-    """Whether two runs' optimizers saw the same gradients: within 2 % of the largest."""
-    states = [load(path)["optimizer"]["state"] for path in paths]
-    for a, b in zip(*(state.values() for state in states), strict=True):
-        if not torch.allclose(a["exp_avg"], b["exp_avg"], atol=0.02 * a["exp_avg"].abs().max().item()):
-            return False
-    return True
-
 def test_three_ranks_are_one(tmp_path):
     """
     The same global batch gives the same weights and, which would show a factor that Adam hides, the same moments.
@@ -1561,8 +1525,11 @@ def test_three_ranks_are_one(tmp_path):
     ]
     assert "step 1/" in run_on_ranks(3, tmp_path, *commands)
     for name in ("tokenizer.pt", "gpt.pt"):
-        assert same_moments(one / name, many / name)
-        assert_close(load(one / name)["model"], load(many / name)["model"])
+        a, b = (load(folder / name) for folder in (one, many))
+        assert_close(a["model"], b["model"])
+        for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+            largest = x["exp_avg"].abs().max().item()
+            assert_close(x["exp_avg"], y["exp_avg"], atol=0.02 * largest)
     assert np.array_equal(np.load(one / "tokens_train.npy"), np.load(many / "tokens_train.npy"))
     for name, tolerance in (("log.csv", 0.05), ("gpt_log.csv", 1e-4)):  # counts of codes are added up over the ranks
         for a, b in zip(log_of(one / name), log_of(many / name), strict=True):
@@ -1675,6 +1642,23 @@ def test_what_is_not_finite_is_left_out_and_said(tmp_path, monkeypatch, capsys):
         weights_after(100, range(2, 1000))
     assert all_finite(load(path)["model"])
 
+def test_a_gpt_leaves_out_what_is_not_finite(tmp_path, trained, monkeypatch, capsys):
+    """Of both optimizers: a step of either would end its weights."""
+    forward = GPT.forward
+    calls = itertools.count()
+
+    def once_nan(model, ids, labels):
+        logits, loss = forward(model, ids, labels)
+        return logits, loss * (math.nan if model.training and next(calls) == 2 else 1)
+
+    monkeypatch.setattr(GPT, "forward", once_nan)
+    flags = [*TINY_GPT_RUN, "--muon", "--data", make_folder(tmp_path / "images")]
+    call(train_gpt, "--tokenizer", trained / "tokenizer.pt", "--out", tmp_path, *flags)
+    assert re.findall(r"step (\d) left out", capsys.readouterr().out) == ["3"]
+    state = load(tmp_path / "gpt.pt")
+    assert all_finite(state["model"])
+    assert {float(each["step"]) for each in state["optimizer"]["state"].values()} == {3}
+
 def test_what_cannot_be_written_or_locked_ends_no_run(tmp_path, monkeypatch, capsys):
     """A viewer locks a picture, or a folder has its name; some file systems have no locks."""
     monkeypatch.setattr("fcntl.lockf", Mock(side_effect=OSError(37, "No locks available")))
@@ -1688,12 +1672,6 @@ def test_what_cannot_be_written_or_locked_ends_no_run(tmp_path, monkeypatch, cap
         assert re.search(f"/{name} cannot be written .*; the run goes on", text)
     assert "cannot be locked" in text and load(tmp_path / "gpt.pt")["step"] == 4
 
-def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
-    """92 lines of traceback."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with refused("--compile needs a C\\+\\+ compiler, and there is no no-such-compiler"):
-        call(train_tokenizer, "--k", 2, "--out", tmp_path, *TINY_RUN, "--compile")
-
 def test_a_folder_may_have_the_name_of_a_built_in_set(tmp_path, monkeypatch):
     """`--out shapes` could not be resumed."""
     monkeypatch.chdir(make_folder(tmp_path))
@@ -1702,20 +1680,38 @@ def test_a_folder_may_have_the_name_of_a_built_in_set(tmp_path, monkeypatch):
     os.rename("class 0", "cifar10")
     assert len(load_data("./cifar10", 16, True)) < 100
 
-def test_ignored_signals_stay_ignored():
-    """As nohup has it."""
+def test_which_signals_are_caught():
+    """What nohup ignores stays ignored; but not Ctrl-C, which shells ignore in the background. A second one ends."""
     with command_line(train_tokenizer):
         for number in fqgan.ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         caught = fqgan.catch_signals()
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught == []
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+def test_usage_counts_whole_intervals(tmp_path, monkeypatch):
+    """Every micro-batch since the last line, and none twice."""
+    totals = []
+
+    def listen(counts):
+        totals.append(counts.sum(1).tolist())
+        return fqgan.code_usage(counts)
+
+    monkeypatch.setattr(train_tokenizer, "code_usage", listen)
+    flags = as_flags(dict(k=2, accumulate=2, log_every=3, eval_every=4))
+    call(train_tokenizer, "--out", tmp_path, *TINY_RUN, *flags)
+    positions = 16
+    assert totals == [[3 * 8 * positions] * 2, [8 * positions] * 2, [16 * positions] * 2], "step 3, step 4, held out"
 
 def test_float16_scales_its_gradients_and_resumes(tmp_path):
     call(train_tokenizer, "--k", 2, *TINY_RUN, "--dtype", "float16", "--out", tmp_path)
     state = load(tmp_path / "tokenizer.pt")
     assert state["scaler"]["scale"] > 1 and all_finite(state["model"])
+    applied = [float(each["step"]) for each in state["optimizer"]["state"].values()]
+    assert max(applied, default=0) > 0, "steps were taken, not all left out"
     call(train_tokenizer, "--out", tmp_path, "--resume", "--steps", 5)
 
 def test_collapsed_codebooks_are_said(tmp_path, monkeypatch, capsys):
@@ -1732,10 +1728,21 @@ def test_training_with_a_teacher(tmp_path, capsys, own_network):
     call(train_tokenizer, "--k", 3, "--out", tmp_path, *TINY_RUN, "--teachers", own_network)
     assert "representation (no" not in capsys.readouterr().out, "it is not among the losses that are off"
     values = [float(row["representation"]) for row in log_of(tmp_path / "log.csv")]
-    assert len(values) == 4 and 0 < min(values) <= max(values) < 0.5 * math.log(8) + 0.5
+    torch.manual_seed(0)
+    first = FQGAN(FQGANConfig(**load(tmp_path / "tokenizer.pt")["config"]))
+    data = load_data("shapes", 16, True)
+    images, _ = default_collate([data[i] for i in np.random.default_rng([0, 0]).permutation(len(data))[:8].tolist()])
+    expected = first(images, [Pooled()(images)])[1]["representation"].item()
+    assert len(values) == 4 and math.isclose(values[0], expected, rel_tol=1e-4)
     model = fqgan.load_tokenizer(tmp_path / "tokenizer.pt")
     assert model.config.teacher_widths == (48,)
     assert [branch.feature_head is not None for branch in model.branches] == [False, False, True]
+
+    once = as_flags(FEW_STEPS | dict(steps=1, lr=0))
+    call(train_tokenizer, "--init", tmp_path / "tokenizer.pt", "--out", tmp_path / "tuned", *once)
+    tuned = fqgan.load_tokenizer(tmp_path / "tuned" / "tokenizer.pt")
+    kept = {name: tensor for name, tensor in model.state_dict().items() if ".feature_head." not in name}
+    assert tuned.config.teacher_widths == () and same(kept, tuned.state_dict()), "without a teacher, without its head"
 
 # -----------------------------------------------------------------------------
 # Scripts: mistakes
@@ -1755,9 +1762,6 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script, argv, message", [
     (train_tokenizer, "--k 0", "--k is 0; it must be at least 1"),
-    (train_tokenizer, "--k three", "argument --k: invalid int value: 'three'"),
-    (train_tokenizer, "--preset huge", "invalid choice: 'huge'"),
-    (train_tokenizer, "--image-size 30", "not divisible by downsample 4: 28 is"),
     (train_tokenizer, "--image-size 16 --disc-weight 1", "too small for the discriminator"),
     (train_tokenizer, "--image-size 8 --perceptual-weight 1", "too small for the perceptual loss: 16 or more"),
     (train_tokenizer, "--perceptual vgg", "--perceptual vgg: choose lpips or random"),
@@ -1766,15 +1770,13 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_tokenizer, "--data ~nobody's/x", "no such folder"),
     (train_tokenizer, "--batch-size 30000", "20000 images of 10 classes are fewer than one batch"),
     (train_tokenizer, "--batch-size 9 --accumulate 2", "not divisible"),
-    (train_tokenizer, "--lr -1", "--lr is -1.0"),
     (train_tokenizer, "--disc-lr nan", "--disc-lr is nan"),
-    (train_tokenizer, "--log-every 0", "--log-every is 0; it must be at least 1"),
-    (train_gpt, "--weight-decay -1", "--weight-decay is -1"),
     (train_tokenizer, "--dtype int8", "float32, bfloat16, float16"),
     (train_tokenizer, "--device tpu9", "not usable here"),
     (train_tokenizer, "--k 2 --color red", "unrecognized arguments: --color red"),
     (train_tokenizer, "--channel-mult 1,x", "argument --channel-mult: invalid"),
-    (train_tokenizer, "--out README.md", "README.md"),
+    (train_tokenizer, "--compile", r"--compile needs a C\+\+ compiler, and there is no no-such-compiler"),
+    (train_tokenizer, "--out README.md", "File exists.*README.md"),
     (train_tokenizer, "--teachers nothing", "no network at nothing"),
     (train_tokenizer, "--preset fqgan-ds16",
      "no network at teachers/dinov2_vits14.pt2; .*`python tools/convert.py dinov2_vits14 teachers/dinov2_vits14.pt2`"),
@@ -1782,26 +1784,23 @@ def test_the_commands_of_the_readme_are_valid(monkeypatch, tmp_path):
     (train_gpt, "--crops 3", "1, 2 or 10"),
     (train_gpt, "--tokenizer README.md", "README.md cannot be read as a checkpoint"),
     (sample, "--gpt nothing.pt", "python train_gpt.py"),
-    (sample, "--gpt TRAINED/tokenizer.pt", "not a gpt checkpoint"),
-    (sample, "--gpt TRAINED/gpt.pt --classes 10", "no class '10'"),
     (sample, "--gpt TRAINED/gpt.pt --cfg-scale 1,2,3", "cfg_scale has 3 values; give one, or 2"),
     (sample, "--gpt TRAINED/gpt.pt --out photos", "photos holds images already"),
     (sample, "--n 0", "at least 1"),
-    (sample, "--top-k a", "argument --top-k: invalid"),
     (sample, "--out x.pdf", "cannot write .pdf files"),
     (sample, "--npz x.png", "must end in .npz"),
     (sample, "--npz x.npz --out grid.png", "exclude each other"),
     (evaluate, "", "no tokenizer checkpoint at out/tokenizer.pt: `python train_tokenizer.py` makes one"),
-    (evaluate, "--tokenizer TRAINED/tokenizer.pt --out none/e.png", "no such folder"),
     (evaluate, "--real a", "--real goes with --fake"),
     (evaluate, "--fake a", "--fake is measured against --real or --data"),
     (evaluate, "--real a --fake b", "[ab] is neither a folder nor an .npz file"),
     (evaluate, "--n 0", "at least 1"),
     (evaluate, "--json nowhere/f.json", "nowhere/f.json: there is no such folder"),
-    (evaluate, "--real a --fake b --n 5", "--n"),
+    (evaluate, "--real a --fake b --n 5", "--n does not apply"),
 ])
 def test_a_mistake_gets_one_line(script, argv, message, tmp_path, monkeypatch, trained, capsys, offline):
     monkeypatch.chdir(tree(tmp_path, "README.md", "photos/a.png"))
+    monkeypatch.setenv("CXX", "no-such-compiler")  # it was 92 lines of traceback
     argv = argv.replace("TRAINED", str(trained)).split()
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
@@ -1824,15 +1823,18 @@ def test_sampling_flags_and_classes_reach_the_model(tmp_path, trained, monkeypat
     monkeypatch.setattr(GPT, "generate", listen)
     flags = as_flags(dict(
         classes="star,0", n=3, batch_size=2, cfg_scale=3, temperature=(0.7, 0.8), top_k=(5, 8), top_p=0.9,
-        cfg_power=1))
-    call(sample, "--gpt", trained / "gpt.pt", "--device", "cpu", "--out", tmp_path / "grid.png", *flags)
-    assert asked == [([4, 0], 3.0, [0.7, 0.8], [5, 8], 0.9, 1), ([4], 3.0, [0.7, 0.8], [5, 8], 0.9, 1)]
+        cfg_power=1, best_of=2, npz=tmp_path / "x.npz"))
+    call(sample, "--gpt", trained / "gpt.pt", "--device", "cpu", *flags)
+    parameters = 3.0, [0.7, 0.8], [5, 8], 0.9, 1
+    assert asked == [([4, 4, 0, 0], *parameters), ([4, 4], *parameters)]
+    assert np.load(tmp_path / "x.npz")["labels"].tolist() == [4, 0, 4]
 
 def test_sample_grid_folder_and_array(tmp_path, trained, on_two_ranks, capsys):
     """No gaps, no doubles, and the same pictures from one process and from two."""
     gpt = ["--gpt", trained / "gpt.pt"]
-    call(sample, *gpt, "--out", tmp_path / "grid.png", "--classes", "star,0", "--n", 6, "--top-k", "5,8")
-    assert Image.open(tmp_path / "grid.png").height == 4 + 2 * 100
+    call(sample, *gpt, "--out", tmp_path / "grid.png", "--classes", "star,0", "--n", 34)
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.height == 4 + 4 * 100 and 16 * 100 < grid.width < 17 * 100 + 100, "200 of a class were one row"
     call(sample, *gpt, *SAMPLES, "--out", tmp_path / "files")
     text = capsys.readouterr().out
     assert "23 images of 10 classes" in text and text.splitlines()[-2].endswith(" 0 s left")
@@ -1846,7 +1848,7 @@ def test_sample_grid_folder_and_array(tmp_path, trained, on_two_ranks, capsys):
     assert array["labels"].tolist() == [i % 10 for i in range(23)] and array["classes"][4] == "star"
     np.testing.assert_equal(array, dict(np.load(on_two_ranks / "samples.npz")))
 
-def test_best_of_several_draws(tmp_path, trained, monkeypatch):
+def test_best_of_several_draws():
     """The draw of whose class the GPT is surest, by Bayes' rule, of as many as were asked for."""
     model = small_gpt()
     labels = torch.tensor([0, 0, 0, 4, 4, 4])
@@ -1860,14 +1862,6 @@ def test_best_of_several_draws(tmp_path, trained, monkeypatch):
         best.append(first + torch.stack(p).argmax())
     assert best[0] > 0 or best[1] > 3, "it is not simply the first"
     assert torch.equal(sample.surest(model, ids, labels, 3), ids[torch.stack(best)])
-
-    drawn = []
-    generate = GPT.generate
-    monkeypatch.setattr(GPT, "generate", lambda *args: drawn.append(args[1]) or generate(*args))
-    flags = ["--gpt", trained / "gpt.pt", "--device", "cpu", "--classes", "2,7", "--n", 3, "--batch-size", 2]
-    call(sample, *flags, "--best-of", 2, "--npz", tmp_path / "best.npz")
-    assert [labels.tolist() for labels in drawn] == [[2, 2, 7, 7], [2, 2]]
-    assert np.load(tmp_path / "best.npz")["labels"].tolist() == [2, 7, 2]
 
 @pytest.mark.parametrize("kind, whole, cut", [("--npz", "whole.npz", "cut.npz"), ("--out", "whole", "cut")])
 def test_ctrl_c_loses_no_samples(kind, whole, cut, tmp_path, trained, monkeypatch):
@@ -1893,13 +1887,6 @@ def test_ctrl_c_loses_no_samples(kind, whole, cut, tmp_path, trained, monkeypatc
     assert len(contents(cut)) == 10 and contents(cut).items() < contents(whole).items()
     with refused("holds images already"):
         call(sample, *flags, cut)
-
-def test_rows_of_a_grid_wrap(tmp_path, trained):
-    """200 images of a class were one row, which no screen shows."""
-    flags = ["--classes", 0, "--n", 200, "--batch-size", 200, "--temperature", 0]
-    call(sample, "--gpt", trained / "gpt.pt", "--device", "cpu", "--out", tmp_path / "x.png", *flags)
-    grid = Image.open(tmp_path / "x.png")
-    assert grid.height == 4 + 13 * 100 and 16 * 100 < grid.width < 17 * 100 + 100
 
 # -----------------------------------------------------------------------------
 # Scripts: metrics
@@ -2086,11 +2073,13 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, own_network, capsys):
     assert "no route to host" in metrics["missing"]["lpips"]
     assert re.search("mutual information 1 2 .*rfid +n/a: ", capsys.readouterr().out, re.S)
     assert Image.open(tmp_path / "e.png").height == 4 + 4 * 100
+    metrics |= metrics_of(tmp_path, *flags, "--n", 50, "--features", own_network)
 
     model = fqgan.load_tokenizer(trained / "tokenizer.pt")
     train, held_out = fqgan.load_train_and_held_out("shapes", 16)
     images, labels = items_of(held_out, 50)
     train_images, train_labels = items_of(train, 250)
+    fitted = Pooled()(train_images), train_labels
     ids = model.encode(images)
     decoded = fqgan.from_uint8(fqgan.to_uint8(model.decode(ids)))
     first, second = ids.transpose(0, 1).flatten(1)
@@ -2107,6 +2096,9 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, own_network, capsys):
         perplexity_2=entropy.exp(),
         mutual_information_1_2=evaluate.mutual_information(first.numpy(), second.numpy()),
         probe_all=evaluate.linear_probe(vectors(model.encode(train_images)), train_labels, vectors(ids), labels),
+        rfd=plain_distance(Pooled()(images), Pooled()(decoded)),
+        named_real=evaluate.linear_probe(*fitted, Pooled()(images), labels),
+        named=evaluate.linear_probe(*fitted, Pooled()(decoded), labels),
     )
     for name, value in expected.items():
         assert math.isclose(metrics[name], value, rel_tol=1e-4), name
@@ -2211,7 +2203,6 @@ def test_evaluate_two_sets(tmp_path, own_network, capsys):
     features = ["--features", own_network]
     itself = metrics_of(tmp_path, "--real", a, "--fake", tmp_path / "a.npz", *features)
     assert 0 <= itself["fd"] < 1e-6 and itself["precision"] == itself["recall"] == 1
-    assert "-0.00" not in capsys.readouterr().out
     whole = metrics_of(tmp_path, "--fake", b, "--real", a, *features, "--save-stats", stats)
     kept = metrics_of(tmp_path, "--fake", b, "--real", stats, *features)
     assert math.isclose(kept["fd"], whole["fd"], rel_tol=1e-6) and whole["fd"] > 0.1
@@ -2285,49 +2276,45 @@ def test_a_network_whose_output_is_no_features(network, message, tmp_path):
     with refused(message):
         call(evaluate, *flags, "--device", "cpu")
 
-def test_another_network_in_the_place_of_inception(tmp_path, trained, own_network, offline):
-    """Where the images have classes, a probe tells how many of the reconstructions show theirs."""
-    folder = make_folder(tmp_path / "classes")
-    flags = ["--tokenizer", trained / "tokenizer.pt", "--data", folder, "--features", own_network]
-    metrics = metrics_of(tmp_path, *flags, "--out", tmp_path / "e.png")
-    model = fqgan.load_tokenizer(trained / "tokenizer.pt")
-    train, held_out = fqgan.load_train_and_held_out(folder, 16)
-    images, labels = items_of(held_out, len(held_out))
-    train_images, train_labels = items_of(train, 5 * len(held_out))
-    decoded = fqgan.to_uint8(model.decode(model.encode(images)))
-    real = Pooled()(images)
-    made = Pooled()(fqgan.from_uint8(decoded))
-    fitted = Pooled()(train_images), train_labels
-    assert math.isclose(metrics["rfd"], plain_distance(real, made), rel_tol=1e-3)
-    assert metrics["named_real"] == evaluate.linear_probe(*fitted, real, labels)
-    assert metrics["named"] == evaluate.linear_probe(*fitted, made, labels)
-
-def test_samples_are_named(tmp_path, trained, own_network):
+def test_samples_are_named(tmp_path, own_network):
     """By their labels, where the classes have the same names in the same order: others were compared by number."""
-    path = tmp_path / "fake.npz"
-    call(sample, "--gpt", trained / "gpt.pt", "--n", 30, "--device", "cpu", "--npz", path)
-    flags = ["--features", own_network, "--fake", path]
-    shapes = metrics_of(tmp_path, *flags, "--data", "shapes")
-    assert {"fd", "precision", "recall", "named", "named_real"} <= shapes.keys() and shapes["missing"] == {}
-    assert shapes["named_real"] > 0.2 and "against shapes, held-out part: 2000 images" in shapes["protocol"]
-    assert "frequent" not in shapes["protocol"]
-
-    for i in range(80):
-        image, label = fqgan.Shapes(16, False)[i]
-        folder = tmp_path / "real" / fqgan.Shapes.classes[label]
+    images = np.random.default_rng(0).integers(0, 99, (40, 16, 16, 3), dtype=np.uint8)
+    images[::2] += np.uint8([150, 0, 0])
+    images[1::2] += np.uint8([0, 0, 150])
+    labels = np.arange(40) % 2
+    real = tmp_path / "real"
+    for part, i in itertools.product(("train", "val"), range(40)):
+        folder = real / part / ("red", "blue")[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{i}.png")
-    flags += ["--real", tmp_path / "real"]
-    sorted_names = metrics_of(tmp_path, *flags)
-    assert sorted_names["named"] is None and "the classes differ: circle" in sorted_names["missing"]["named"]
-    arrays = dict(np.load(path))
-    order = np.argsort(arrays["classes"])
-    labels = order.argsort()[arrays["labels"]]
-    np.savez(path, arr_0=arrays["arr_0"], labels=labels, classes=arrays["classes"][order])
-    assert metrics_of(tmp_path, *flags)["named"] is not None
-    np.savez(path, arr_0=arrays["arr_0"], labels=np.zeros(30, int))
-    without_names = metrics_of(tmp_path, *flags)
-    assert "not equally frequent" in without_names["protocol"] and without_names["named"] is not None
-    save_noise(tmp_path / "flat", 6, (16, 16))
-    without_labels = metrics_of(tmp_path, *flags, "--fake", tmp_path / "flat")
-    assert "no labels" in without_labels["missing"]["named"] and "frequent" not in without_labels["protocol"]
+        Image.fromarray(images[i]).save(folder / f"{i}.png")
+
+    def measured(*reference, **arrays):
+        np.savez(tmp_path / "fake.npz", arr_0=images, **arrays)
+        return metrics_of(tmp_path, "--features", own_network, "--fake", tmp_path / "fake.npz", *reference)
+
+    alike = measured("--data", real, labels=1 - labels, classes=["blue", "red"])
+    assert alike["named"] == alike["named_real"] == 1 and alike["missing"] == {}
+    assert "val, all of it: 40 images" in alike["protocol"] and "frequent" not in alike["protocol"]
+    others = measured("--real", real / "val", labels=labels, classes=["red", "blue"])
+    assert others["named"] is None and "the classes differ: red, blue; blue, red" in others["missing"]["named"]
+    assert measured("--real", real / "val", labels=labels)["named"] == 0, "without names, by number"
+    biased = measured("--real", real / "val", labels=0 * labels)
+    assert biased["named"] == 0.5 and "not equally frequent" in biased["protocol"]
+    flat = measured("--real", real / "val" / "red", labels=labels)
+    assert "no labels" in flat["missing"]["named"] and "frequent" not in flat["protocol"]
+
+def test_a_file_of_images_and_statistics(tmp_path):
+    """As ADM's: its statistics are those of its whole images; cropped ones have their own."""
+    pixels = save_noise(tmp_path / "a", 5, (16, 16))
+    np.savez(tmp_path / "both.npz", arr_0=pixels, mu=np.full(48, 7.0), sigma=np.eye(48))
+    options = SimpleNamespace(batch_size=4, device=torch.device("cpu"))
+
+    def network(images):
+        features = Pooled()(fqgan.from_uint8(images))
+        return features, features[:, :0]
+
+    both = evaluate.ImageSet(tmp_path / "both.npz")
+    whole, cropped = (evaluate.statistics_of_set(both, network, size, options) for size in (16, 12))
+    assert (whole.mu == 7).all() and whole.features.shape == (5, 48)
+    assert "with its own mu and sigma" in whole.description
+    assert np.allclose(cropped.mu, cropped.features.double().mean(0)) and "its own mu" not in cropped.description

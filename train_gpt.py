@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor, ten_crop
 
 from fqgan import (
     all_reduce, append_row, autocast, barrier, batches_of_this_rank, build_model, catch_signals, center_crop, check,
-    cli, compiled, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, GPT, GPTConfig, ignore_signals,
+    check_compiler, cli, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, GPT, GPTConfig, ignore_signals,
     load_checkpoint, load_train_and_held_out, lock_output, on_any_rank, parse_flags, pick_dtype, print0, rank,
     refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range,
     training_batches, warn_if_unwritable, world_size)
@@ -204,6 +204,8 @@ def main():
     # processes
     device = setup_device(args.device, args.seed)
     dtype = pick_dtype(args.dtype, device)
+    if args.compile:
+        check_compiler()
     num_parts = world_size() * args.accumulate
     check(args.batch_size % num_parts == 0,
           f"--batch-size {args.batch_size} is not divisible by {world_size()} processes "
@@ -290,7 +292,7 @@ def main():
         save()
 
     # what the training step calls: model, batches
-    parallel_model = compiled(model) if args.compile else model
+    parallel_model = torch.compile(model) if args.compile else model
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)
     batches = training_batches(len(train_tokens), args.seed, step, args.steps, args.batch_size, args.accumulate)

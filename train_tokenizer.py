@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from fqgan import (
-    all_reduce, append_row, autocast, barrier, batches_of_this_rank, catch_signals, center_crop, check, cli, code_usage,
-    compiled, Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss, ignore_signals,
-    load_checkpoint, load_teacher, load_train_and_held_out, lock_output, LPIPS, on_any_rank, one_line, parse_flags,
-    pick_dtype, print0, psnr, random_crop, RandomFeatures, rank, reconstruction_rows, refuse_output_inside_data,
-    resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range, training_batches, UserError,
-    warn_if_unwritable, world_size)
+    all_reduce, append_row, autocast, barrier, batches_of_this_rank, catch_signals, center_crop, check, check_compiler,
+    cli, code_usage, Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss,
+    ignore_signals, load_checkpoint, load_teacher, load_train_and_held_out, lock_output, LPIPS, on_any_rank, one_line,
+    parse_flags, pick_dtype, print0, psnr, random_crop, RandomFeatures, rank, reconstruction_rows,
+    refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range,
+    training_batches, UserError, warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
 # Settings
@@ -189,6 +189,8 @@ def main():
     # processes
     device = setup_device(args.device, args.seed)
     dtype = pick_dtype(args.dtype, device)
+    if args.compile:
+        check_compiler()
     num_parts = world_size() * args.accumulate
     check(args.batch_size % num_parts == 0,
           f"--batch-size {args.batch_size} is not divisible by {world_size()} processes "
@@ -248,7 +250,7 @@ def main():
         save()
 
     # what the training step calls: model, discriminator, batches
-    parallel_model = compiled(model) if args.compile else model
+    parallel_model = torch.compile(model) if args.compile else model
     parallel_disc = disc
     if world_size() > 1:
         parallel_model = DistributedDataParallel(parallel_model, broadcast_buffers=False)

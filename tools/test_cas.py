@@ -4,16 +4,19 @@ Tests of tools/cas.py.
 $ python -m pytest -q tools/test_cas.py
 """
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from test_fqgan import call, refused
+from test_fqgan import call, refused, save_small
 from tools import cas
 
 def of_colors(n):
@@ -24,7 +27,7 @@ def of_colors(n):
     return images.to(torch.uint8), labels
 
 def test_what_is_learned_from_samples_counts():
-    """Right labels are learned; with labels that say nothing, held-out images are named by chance at best."""
+    """Right labels are learned; with shifted labels held-out images are not named."""
     torch.manual_seed(0)
     device = torch.device("cpu")
     images, labels = of_colors(500)
@@ -44,6 +47,22 @@ def test_augmented_images_are_shifted_and_mirrored():
     mirrored = [set((shifts == each.flip(2)).flatten(1).all(1).nonzero().flatten().tolist()) for each in augmented]
     assert all(a or b for a, b in zip(found, mirrored))
     assert any(found) and any(mirrored) and len(set.union(*found, *mirrored)) > 20
+
+@pytest.mark.parametrize("flags", [["samples.npz"], [], ["--tokenizer", "tokenizer.pt"]])
+def test_cas_is_measured(flags, tmp_path, monkeypatch, capsys):
+    """Of samples, of real images, of reconstructions (here of random weights, so that any share will do)."""
+    monkeypatch.chdir(tmp_path)
+    save_small(tmp_path)
+    images, labels = of_colors(500)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    np.savez("samples.npz", arr_0=pixels, labels=labels, classes=list("abcd"))
+    for i, (image, label) in enumerate(zip(pixels, labels)):
+        folder = tmp_path / "images" / "abcd"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    call(cas, *flags, "--data", "images", "--image-size", 16, "--epochs", 12, "--device", "cpu")
+    share = float(re.search(r"cas (\S+): learned from \d+ images", capsys.readouterr().out)[1])
+    assert share > 0.9 or "--tokenizer" in flags
 
 def test_cas_refuses_what_does_not_fit(tmp_path):
     arrays = dict(arr_0=np.zeros((300, 16, 16, 3), np.uint8), labels=np.zeros(300, np.int64))
