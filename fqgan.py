@@ -90,14 +90,17 @@ class Quantizer(nn.Module):
 
     def forward(self, z):
         """z (B,d,h,w) of any length -> (z_q (B,d,h,w) of unit length, ids (B,h,w), dict of weighted losses)"""
-        ids = self.nearest(z)
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=1)
             codes = F.normalize(self.codebook.float(), dim=-1)
+
+            if self.entropy_weight:  # it compares all vectors with all codes, and so finds the nearest ones, too
+                entropy, ids = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
+                ids = ids.view(len(z), *z.shape[2:])
+            else:
+                entropy = z.new_zeros(())
+                ids = self.nearest(z)
             z_q = codes[ids].permute(0, 3, 1, 2)
-            entropy = z.new_zeros(())
-            if self.entropy_weight:
-                entropy = entropy_loss(to_vectors(z), codes, self.entropy_temperature)
             losses = {
                 "codebook": F.mse_loss(z_q, z.detach()),  # moves the codes to the vectors
                 "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
@@ -119,17 +122,20 @@ def chunk_size(codes):
 class EntropyLoss(torch.autograd.Function):
     """
     MAGVIT-v2's entropy penalty: mean entropy of the soft assignments, minus the entropy of their mean.
-    z (n,d) and codes (V,d), all of unit length -> loss. In plain PyTorch:
+    z (n,d) and codes (V,d), all of unit length -> (loss, each vector's nearest code (n,), which the same pass finds).
 
-        log_p = (2 / temperature * z @ codes.T).log_softmax(1)  # (n, V), since |z - c|^2 = 2 - 2 z.c
-        p = log_p.exp()
-        m = p.mean(0)                                           # (V,)
-        loss = -(p * log_p).sum(1).mean() + (m * (m + 1e-5).log()).sum()
+    In plain PyTorch, with |z - c|^2 = 2 - 2 z.c and the constant left out:
+
+        s = 2 / temperature * z @ codes.T                     # (n, V)
+        p = s.softmax(1)
+        m = p.mean(0)                                         # (V,)
+        loss = -(p * p.log()).sum(1).mean() + (m * (m + 1e-5).log()).sum()
 
     Here the (n, V) matrices exist a few rows at a time and are computed again in the backward pass, so that memory does
-    not grow with n. The derivative, written out, with s = 2 / temperature * z @ codes.T:
+    not grow with n. The derivative, written out:
 
         loss by p_ij   (-log p_ij - 1 + log(m_j + 1e-5) + m_j / (m_j + 1e-5)) / n
+                       where log p_ij = s_ij - logsumexp(s_i)
         call it        g_ij / n. The -1 is left out: the next line subtracts whatever is the same for all j
         loss by s_i    p_i * (g_i - p_i.g_i) / n              # the softmax's Jacobian
         loss by z      2 / temperature * (loss by s) @ codes
@@ -137,37 +143,42 @@ class EntropyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def log_assignments(z, codes, temperature):
-        """Yields a slice of r rows of z, and their log p (r,V)."""
+    def assignments(z, codes, temperature):
+        """Yields a slice of r rows of z, s (r,V), p (r,V), logsumexp(s) (r,1), nearest code (r,1)."""
+        scaled_codes = codes.T * (2 / temperature)
         size = chunk_size(codes)
         for first in range(0, len(z), size):
             rows = slice(first, first + size)
-            s = 2 / temperature * z[rows] @ codes.T
-            yield rows, s.log_softmax(1)
+            s = z[rows] @ scaled_codes
+            p = s.softmax(1)
+            top, nearest = s.max(1, keepdim=True)
+            logsumexp = top - p.gather(1, nearest).log()  # since log p_ij = s_ij - logsumexp(s_i)
+            yield rows, s, p, logsumexp, nearest
 
     @staticmethod
     def forward(ctx, z, codes, temperature):
         entropy = 0
         p_sum = 0
-        for _, log_p in EntropyLoss.log_assignments(z, codes, temperature):
-            p = log_p.exp()
-            entropy = entropy - torch.linalg.vecdot(p, log_p).sum()
+        ids = torch.empty(len(z), dtype=torch.long, device=z.device)  # many small ones would fragment the memory
+        for rows, s, p, logsumexp, nearest in EntropyLoss.assignments(z, codes, temperature):
+            entropy = entropy + (logsumexp.squeeze(1) - torch.linalg.vecdot(p, s)).sum()  # -(p * log p).sum()
             p_sum = p_sum + p.sum(0)
+            ids[rows] = nearest.squeeze(1)
         m = p_sum / len(z)
         ctx.save_for_backward(z, codes, m)
+        ctx.mark_non_differentiable(ids)
         ctx.temperature = temperature
-        return entropy / len(z) + (m * (m + 1e-5).log()).sum()
+        return entropy / len(z) + (m * (m + 1e-5).log()).sum(), ids
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         z, codes, m = ctx.saved_tensors
         m_term = (m + 1e-5).log() + m / (m + 1e-5)
         grad_z = torch.empty_like(z)
         grad_codes = torch.zeros_like(codes)
         with torch.autocast(z.device.type, enabled=False):  # it may be on where backward() is called
-            for rows, log_p in EntropyLoss.log_assignments(z, codes, ctx.temperature):
-                p = log_p.exp()
-                g = m_term - log_p
+            for rows, s, p, logsumexp, _ in EntropyLoss.assignments(z, codes, ctx.temperature):
+                g = s.neg_().add_(m_term).add_(logsumexp)
                 grad_s = g.sub_(torch.linalg.vecdot(p, g)[:, None]).mul_(p)
                 torch.mm(grad_s, codes, out=grad_z[rows])
                 grad_codes.addmm_(grad_s.T, z[rows])

@@ -308,9 +308,10 @@ def test_entropy_in_chunks_is_the_plain_entropy():
     leaves = [torch.randn(n, 8, dtype=torch.double, requires_grad=True) for n in (100, 2**14)]  # in chunks of 16
     z, codes = (F.normalize(leaf, dim=1) for leaf in leaves)
     distance = torch.cdist(z, codes).square()
-    loss = fqgan.entropy_loss(z, codes, 0.05)
+    loss, ids = fqgan.entropy_loss(z, codes, 0.05)
     plain = plain_entropy(distance, 0.05)
     assert torch.allclose(loss, plain)
+    assert torch.equal(ids, distance.argmin(1))
     gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
     for a, b in zip(gradients, torch.autograd.grad(plain, leaves)):
         assert torch.allclose(a, b, atol=1e-9)
