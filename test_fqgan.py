@@ -259,6 +259,10 @@ def test_losses_of_all_sub_codebooks_train_every_weight(tokenizer):
     sum(losses.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
+@pytest.mark.parametrize("mult", [(1, 2, 4), (1, 2, 2, 4), (1, 1, 2, 2, 4), (1, 1, 1, 2, 2, 4)])
+def test_published_widths_are_the_default(mult):
+    assert FQGANConfig(downsample=2 ** (len(mult) - 1)).channel_mult == mult
+
 def test_without_adapters_any_size_is_taken():
     model = small_tokenizer(k=1, adapter_depth=0)
     assert model.encode(torch.zeros(1, 3, 24, 40)).shape == (1, 1, 6, 10)
@@ -395,6 +399,7 @@ def test_teachers_supervise_the_last_sub_codebooks():
 def test_adversary():
     disc = fqgan.Discriminator()
     assert disc(torch.randn(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    assert sorted(disc.state_dict())[:2] == ["main.0.bias", "main.0.weight"] and "main.11.weight" in disc.state_dict()
     images = torch.zeros(1, 3, 256, 256, requires_grad=True)
     disc.eval()(images)[0, 0, 15, 15].backward()
     for dims in ((0, 1, 3), (0, 1, 2)):
@@ -2204,6 +2209,7 @@ def test_evaluate_two_sets(tmp_path, own_network, capsys):
     features = ["--features", own_network]
     itself = metrics_of(tmp_path, "--real", a, "--fake", tmp_path / "a.npz", *features)
     assert 0 <= itself["fd"] < 1e-6 and itself["precision"] == itself["recall"] == 1
+    assert "-0.00" not in capsys.readouterr().out
     whole = metrics_of(tmp_path, "--fake", b, "--real", a, *features, "--save-stats", stats)
     kept = metrics_of(tmp_path, "--fake", b, "--real", stats, *features)
     assert math.isclose(kept["fd"], whole["fd"], rel_tol=1e-6) and whole["fd"] > 0.1
