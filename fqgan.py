@@ -1280,13 +1280,10 @@ def load_data(name_or_path, image_size, train):
         path = Path(os.path.expanduser(name))
         check(name and path.exists(), f"--data {name}: no such folder; or choose {', '.join(BUILT_IN)}")
         return load_folder(path, image_size, train)
+    make = getattr(torchvision.datasets, name.upper())
     try:
-        make = getattr(torchvision.datasets, name.upper())
-        if rank() > 0:
-            barrier()  # until rank 0 has it
-        source = make(Path(torch.hub.get_dir()) / "datasets", train, download=True)
-        if rank() == 0:
-            barrier()
+        with rank0_first():
+            source = make(Path(torch.hub.get_dir()) / "datasets", train, download=True)
     except Exception as error:
         raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
     return ImageData(source, image_size, f"torchvision's {make.__name__}, {part}", augment=train)
@@ -1387,15 +1384,16 @@ def cached_download(url, sha256, local=None):
         check(Path(local).is_file(), f"no file at {local}; what belongs there is {url}")
         return Path(local)
     path = Path(torch.hub.get_dir()) / "checkpoints" / "-".join(url.split("/")[-2:])
-    if path.is_file():
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
-                return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), sha256)  # under another name until its digest is right
-    except Exception as error:
-        raise UserError(f"{url} cannot be downloaded ({one_line(error)}); put it at {path}") from None
+    with rank0_first():
+        if path.is_file():
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
+                    return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), sha256)  # under another name until its digest is right
+        except Exception as error:
+            raise UserError(f"{url} cannot be downloaded ({one_line(error)}); put it at {path}") from None
     return path
 
 def load_weights(module, path, pattern="(.+)"):
@@ -1430,13 +1428,14 @@ def cli(main):
     except (UserError, OSError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         message = lines[-1]  # an error of a loader process is a traceback that ends with its message
-    except torch.OutOfMemoryError:
-        message = ("out of memory: give a smaller --batch-size, or in training a larger --accumulate "
-                   "(or a tokenizer's --recompute)")
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if "shared memory" in str(error):
+            message = "loader processes need more shared memory than /dev/shm has: enlarge it, or give --workers 0"
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            message = ("out of memory: give a smaller --batch-size, or in training a larger --accumulate "
+                       "(or a tokenizer's --recompute)")
+        else:
             raise
-        message = "loader processes need more shared memory than there is in /dev/shm: enlarge it, or give --workers 0"
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -1576,6 +1575,17 @@ def setup_device(device="auto", seed=0):
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+@contextlib.contextmanager
+def rank0_first():
+    """What is done with it rank 0 does before the others, which then find, for example, what it has downloaded."""
+    try:
+        if rank() > 0:
+            barrier()
+        yield
+    finally:
+        if rank() == 0:
+            barrier()
 
 def all_reduce(tensor):
     """Adds up a tensor over all ranks, in place."""

@@ -1131,6 +1131,8 @@ def test_fetch(tmp_path, monkeypatch):
     (OSError(28, "No space left on device"), r"x.py: \[Errno 28\] No space left on device"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"),
      r"x.py: out of memory: give a smaller --batch-size, .*--recompute\)"),
+    (lambda: torch.empty(2**60), "x.py: out of memory.*"),  # on a CPU
+    (lambda: np.empty(2**56), "x.py: out of memory.*"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
                   "are out of shared memory. Please try to raise your shared memory limit."),
      "x.py: .*/dev/shm.*--workers 0"),
@@ -1138,8 +1140,9 @@ def test_fetch(tmp_path, monkeypatch):
 ])
 def test_a_failing_script_says_one_line(error, ending, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["folder/x.py"])
+    main = Mock(side_effect=error) if isinstance(error, BaseException) else error
     with pytest.raises(SystemExit) as stop:
-        fqgan.cli(Mock(side_effect=error))
+        fqgan.cli(main)
     assert re.fullmatch(ending, str(stop.value.code))
 
 def test_flags_are_those_given(monkeypatch):
@@ -2114,6 +2117,40 @@ def test_evaluate_a_tokenizer(tmp_path, trained, offline, own_network, capsys):
     one = metrics_of(tmp_path, *flags, "--n", 1, "--features", own_network)
     assert one["psnr"] > 0 and one["rfd"] is None, "no network's weights, or too few images for its statistics"
 
+def test_what_is_missing_is_missed_before_anything_is_fetched(tmp_path, trained, offline):
+    """A name mistyped cost a download of 600 MB; and two files of statistics asked for a network."""
+    real = ["--real", HERE / "assets"]
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    stats = tmp_path / "stats.npz"
+    for argv, message in [
+        (["--tokenizer", tmp_path / "none.pt"], "no tokenizer checkpoint"),
+        (["--tokenizer", trained / "tokenizer.pt", "--data", "none"], "no such folder"),
+        (["--tokenizer", trained / "tokenizer.pt", "--out", tmp_path / "picture"], "name a .png file"),
+        ([*real, "--fake", tmp_path / "none.npz"], "neither a folder nor an .npz"),
+        ([*real, "--fake", HERE / "assets", "--out", tmp_path / "e.png"], "--out.* does not go with --fake"),
+    ]:
+        with refused(message):
+            call(evaluate, *argv, "--device", "cpu")
+    metrics_of(tmp_path, "--real", stats, "--fake", stats)
+    torch.hub.download_url_to_file.assert_not_called()
+
+def test_a_network_that_one_rank_lacks_is_used_by_none(monkeypatch):
+    """The other ranks would wait for its features."""
+    monkeypatch.setattr(evaluate, "on_any_rank", lambda value, device: True)
+    network, reason = evaluate.loaded(Mock(), False, "cpu")
+    assert network is None and reason
+
+def test_bits_that_independent_codes_share_by_chance():
+    """Also where squares of positions have one code: counted position by position, chance seemed half as large."""
+    model = small_tokenizer(k=3, image_size=32, pool=(1, 2, 4))
+    ids = torch.randint(0, 32, (50, 3, 8, 8))
+    for i, pool in enumerate(model.config.pool):
+        ids[:, i] = ids[:, i, ::pool, ::pool].repeat_interleave(pool, 1).repeat_interleave(pool, 2)
+    figures = evaluate.code_figures(model, ids, torch.zeros(50), None)
+    for pair in ("1_2", "1_3", "2_3"):
+        bits = figures[f"mutual_information_{pair}"]
+        assert math.isclose(bits, figures[f"mutual_information_{pair}_by_chance"], rel_tol=0.15), pair
+
 @pytest.fixture(scope="session")
 def six_images(tmp_path_factory, trained):
     """Flags of evaluate.py: for a tokenizer on six real images, and for six of a GPT's samples against these."""
@@ -2218,7 +2255,7 @@ def test_evaluate_two_sets(tmp_path, own_network, capsys):
         np.savez(tmp_path / f"{i}.npz", mu=np.full(4, i), sigma=np.eye(4))
     capsys.readouterr()
     statistics = metrics_of(tmp_path, "--real", tmp_path / "0.npz", "--fake", tmp_path / "1.npz")
-    assert math.isclose(statistics["fid"], 4), "two files of statistics need no network"
+    assert math.isclose(statistics["fd"], 4), "of which network they do not say, so it is not called FID"
     assert "0.npz does not say of which network" in capsys.readouterr().out
     statistics = metrics_of(tmp_path, "--real", stats, "--fake", stats)
     assert statistics["fd"] < 1e-6 and "Inception" not in statistics["protocol"], "they are of another network"

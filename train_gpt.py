@@ -3,7 +3,7 @@ Trains the factorized GPT on a tokenizer's codes into out/gpt.pt; beside it out/
 out/gpt_log.csv. The images are encoded first, into out/tokens_train.npy and out/tokens_val.npy.
 
 $ python train_gpt.py                                                   # after `python train_tokenizer.py --k 3`
-$ torchrun --nproc-per-node=8 train_gpt.py --data imagenet/ --preset far-b --crops 10
+$ torchrun --nproc-per-node=8 train_gpt.py --data imagenet/ --preset far-b
 """
 
 import math
@@ -41,8 +41,8 @@ TINY = dict(
 PRESETS = {
     "tiny": TINY,
     "cifar10": dict(TINY, crops=2, cfg_scale=2.0, steps=5000, lr=3e-3, eval_every=2500),
-    "far-b": dict(),
-    "far-l": dict(n_layer=36, n_head=20, n_embd=1280, head_layers=4),
+    "far-b": dict(crops=10),
+    "far-l": dict(crops=10, n_layer=36, n_head=20, n_embd=1280, head_layers=4),
 }
 
 @dataclass
@@ -141,9 +141,8 @@ def read_tokens(path):
 
 def get_batch(records, indices, views, device):
     """indices: of B records; views: which view of each, or one number for all -> (ids (B,k,h,w) int64, labels (B,))"""
-    batch = records[indices]
-    ids = torch.from_numpy(batch["ids"][np.arange(len(indices)), views].astype(np.int64))
-    labels = torch.from_numpy(batch["label"].astype(np.int64))
+    ids = torch.from_numpy(records["ids"][indices, views].astype(np.int64))
+    labels = torch.from_numpy(records["label"][indices].astype(np.int64))
     if device.type == "cuda":
         ids, labels = ids.pin_memory(), labels.pin_memory()
     return ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -279,6 +278,7 @@ def main():
     elif rank() == 0:
         with warn_if_unwritable(path.with_name("gpt_log.csv")) as log:
             log.unlink(missing_ok=True)
+    del state  # a large model's would stay in memory
 
     def save():
         contents = {name: part.state_dict() for name, part in parts.items()}

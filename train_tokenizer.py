@@ -198,7 +198,10 @@ def main():
     if rank() == 0:
         lock_output(path, must_be_new=not state and not args.overwrite)
 
-    # teachers, perceptual loss, data
+    # data, teachers, perceptual loss
+    train_data, val_data = load_train_and_held_out(args.data, config.image_size)
+    check(len(train_data) >= args.batch_size,
+          f"{train_data.description} are fewer than one batch; give a smaller --batch-size")
     names = PAPER_TEACHERS[min(config.k, 3)] if args.teachers == "paper" else args.teachers
     names = [name for name in names.split(",") if name not in ("", "none")]
     teachers = [load_teacher(name).to(device) for name in names]
@@ -208,9 +211,6 @@ def main():
     if args.perceptual_weight:
         perceptual = LPIPS() if args.perceptual == "lpips" else RandomFeatures()
         perceptual.to(device)
-    train_data, val_data = load_train_and_held_out(args.data, config.image_size)
-    check(len(train_data) >= args.batch_size,
-          f"{train_data.description} are fewer than one batch; give a smaller --batch-size")
 
     # model and optimizers; the same first weights whatever was drawn before
     torch.manual_seed(args.seed % 2**63)
@@ -239,6 +239,7 @@ def main():
     elif rank() == 0:
         with warn_if_unwritable(path.with_name("log.csv")) as log:
             log.unlink(missing_ok=True)
+    del state, init  # a large model's would stay in memory
 
     def save():
         contents = {name: part.state_dict() for name, part in parts.items()}
