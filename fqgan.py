@@ -1633,7 +1633,7 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        cpu = torch.cpu.get_capabilities()
+        cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # PyTorch 2.9 has none
         is_intel = "Intel" in cpu.get("cpu_name", "")  # without AMX its float32 is nearly twice as fast as its bfloat16
         is_fast = cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and not is_intel)
     return torch.bfloat16 if is_fast else torch.float32

@@ -123,7 +123,7 @@ def read_table():
         return list(csv.DictReader(file))
 
 def run_missing_rows(data, part, parts):
-    machine = f"{torch.cpu.get_capabilities()['cpu_name']} {pick_dtype('auto', torch.device('cpu'))}"
+    machine = f"{torch.backends.cpu.get_cpu_capability()} {pick_dtype('auto', torch.device('cpu'))}"
     for steps, name, seed in ROWS[part::parts]:
         if (name, str(steps), str(seed)) in [(row["row"], row["steps"], row["seed"]) for row in read_table()]:
             continue
