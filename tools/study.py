@@ -57,7 +57,8 @@ RECIPES = {
     800: ("--entropy-weight 0.03 --lr 2e-3", "--batch-size 64 --lr 2e-3 --steps 300"),
     3200: ("", "--steps 600"),
 }
-LONG = ("4x256", "4x256 without", "4x256 decorrelated", "8x256", "8x256 decorrelated", "3x256", "3x256 without")
+LONG = ("4x256", "4x256 without", "4x256 decorrelated", "8x256", "8x256 decorrelated", "3x256", "3x256 without",
+        "2x512")
 SHORT = [name for name in GPTS if name not in ("3x256 without", "4x256 without", "8x256 decorrelated")]
 TWO_SEEDS = [name for name in SHORT if name not in ("2x512 linear", "1x65536")]
 THREE_SEEDS = ("1x512", "1x1024", "2x512", "4x256", "2x512 without", "2x512 teacher", "2x512 both",
