@@ -220,7 +220,7 @@ class Network:
         return features, features[:, :0]
 
 def loaded(make, is_asked_for, device):
-    """-> (what make() gives, ""), or on all ranks (None, why it cannot be had); an error if the user has asked for it"""
+    """-> (what make() gives, ""), or on all ranks (None, why it cannot be had); an error if the user asked for it"""
     network = None
     reason = "another process cannot have it"
     try:
@@ -418,7 +418,8 @@ def protocol_of(real, fake, options):
     if real.classes is not None and fake.classes is not None:
         num_classes = 1 + int(max(real.labels.max(), fake.labels.max()))
         shares = [labels.bincount(minlength=num_classes) / len(labels) for labels in (real.labels, fake.labels)]
-        if (shares[0] - shares[1]).abs().sum() > 0.15:  # of 50,000 labels drawn from 1,000 it is 0.11
+        difference = (shares[0] - shares[1]).abs()
+        if difference.max() > 0.01 or difference.sum() > 0.15:  # 50,000 labels drawn from 1,000 have a sum of 0.11
             text += "; their classes are not equally frequent"
     return text
 
@@ -427,12 +428,12 @@ def evaluate_sets(options):
     sets = [ImageSet(path, options.features) for path in (options.real, options.fake) if path]
     check(not options.save_stats or options.data or sets[0].source, "--save-stats is for images, and --real has none")
     size = image_size(sets, options)
-    saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
     for each in sets:
         check(each.source or each.sizes() <= {size},
               f"{each.path} holds statistics of images of another size than {size}")
         if each.saved and "network" not in each.saved:
-            print0(f"{each.path} does not say of which network its statistics are")
+            print0(f"{each.path} does not say of which network its statistics are: the other set's is assumed")
+    saved_networks = {each.saved["network"].item() for each in sets if "network" in each.saved}
 
     if not options.data and not any(each.source for each in sets):  # two files of statistics need no network
         check(len(saved_networks) < 2, "the two files hold statistics of different networks")
@@ -546,7 +547,7 @@ def code_figures(tokenizer, ids, labels, probe):
     if len(vectors) > 1:
         x, held_x = [torch.cat(columns, 1) for columns in zip(*vectors)]
         figures["probe_all"] = linear_probe(x, probe[1], held_x, labels)
-    pools = tokenizer.config.pool + (1,) * tokenizer.config.k
+    pools = [branch.pool for branch in tokenizer.branches]
     for i, j in combinations(range(len(ids[0])), 2):
         step = max(1, min(pools[i], pools[j]))  # positions of a square share both codes: one of them counts
         a, b = [ids[:, n, ::step, ::step].flatten().numpy() for n in (i, j)]

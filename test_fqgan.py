@@ -2347,6 +2347,13 @@ def test_samples_are_named(tmp_path, own_network):
     flat = measured("--real", real / "val" / "red", labels=labels)
     assert "no labels" in flat["missing"]["named"] and "frequent" not in flat["protocol"]
 
+def test_classes_that_are_missing_are_said():
+    """Half of 1,000: no share differs by more than 0.001."""
+    options = SimpleNamespace(features="own.pt2")
+    for step, said in ((1, False), (2, True)):
+        sets = [evaluate.Statistics("", None, None, labels=torch.arange(0, 1000, s), classes=[]) for s in (1, step)]
+        assert ("not equally frequent" in evaluate.protocol_of(*sets, options)) == said
+
 def test_a_file_of_images_and_statistics(tmp_path):
     """As ADM's: its statistics are those of its whole images; cropped ones have their own."""
     pixels = save_noise(tmp_path / "a", 5, (16, 16))
