@@ -32,9 +32,9 @@ from torchvision.models import inception_v3
 
 from fqgan import (
     batches_of_this_rank, build_model, cached_download, check, cli, code_usage, Folder, FQGAN, FQGANConfig,
-    from_uint8, ImageData, load_checkpoint, load_teacher, load_train_and_held_out, load_weights, LPIPS, on_any_rank,
-    one_line, Parser, print0, psnr, rank, reconstruction_rows, refuse_output_inside_data, save_grid, setup_device,
-    shuffled_range, to_uint8, UserError, warn_if_unwritable, world_size)
+    from_uint8, ImageData, load_checkpoint, load_data, load_teacher, load_train_and_held_out, load_weights, LPIPS,
+    on_any_rank, one_line, Parser, print0, psnr, rank, reconstruction_rows, refuse_output_inside_data, save_grid,
+    setup_device, shuffled_range, to_uint8, UserError, warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
 # Metrics
@@ -221,17 +221,17 @@ class Network:
 
 def loaded(make, is_asked_for, device):
     """-> (what make() gives, ""), or on all ranks (None, why it cannot be had); an error if the user asked for it"""
-    network = None
+    made = None
     reason = "another process cannot have it"
     try:
-        network = make()
+        made = make()
     except UserError as error:
         if is_asked_for:
             raise
         reason = str(error)
-    if on_any_rank(network is None, device):
+    if on_any_rank(made is None, device):
         return None, reason
-    return network, ""
+    return made, ""
 
 def load_network(options):
     return loaded(lambda: Network(options), options.features or options.inception, options.device)
@@ -476,7 +476,8 @@ def evaluate_tokenizer(options):
     check(name, f"{options.tokenizer} does not say what it was trained on: name the images with --data")
     picture = options.out or Path(options.tokenizer).with_name("evaluate.png")
     refuse_output_inside_data(picture, name)
-    train, held_out = load_train_and_held_out(name, c.image_size)
+    held_out = load_data(name, c.image_size, train=False)
+    train, no_train = loaded(lambda: load_train_and_held_out(name, c.image_size)[0], False, options.device)
     indices = shuffled_range(len(held_out))[:options.n]
     network, no_network = None, "fewer than 4 images"
     if len(indices) >= 4:
@@ -485,7 +486,7 @@ def evaluate_tokenizer(options):
     if c.image_size >= 16:
         make_lpips = lambda: LPIPS(options.vgg, options.lpips).to(options.device)
         lpips, no_lpips = loaded(make_lpips, options.vgg or options.lpips, options.device)
-    reasons = {"rfd" if options.features else "rfid": no_network, "lpips": no_lpips}
+    reasons = {"rfd" if options.features else "rfid": no_network, "lpips": no_lpips, "probes": no_train}
     reasons = {name: reason for name, reason in reasons.items() if reason}
     print0(f"{options.tokenizer}: k={c.k} sub-codebooks of {c.codebook_size} codes; held out: {held_out.description}")
     images = torch.stack([held_out[i][0] for i in indices[:10]]).to(options.device)
@@ -508,7 +509,7 @@ def evaluate_tokenizer(options):
     figures = dict(zip(("psnr", "ssim", "lpips"), scores.mean(0).tolist()))  # without LPIPS, the first two
 
     # the training images that classifiers are fitted to, five times as many
-    with_probe = len(train.classes) > 1
+    with_probe = train and len(train.classes) > 1
     probe = None
     if with_probe:
         part = shuffled_range(len(train))[:min(10_000, 5 * len(indices))]

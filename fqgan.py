@@ -60,9 +60,9 @@ class Quantizer(nn.Module):
     """
     One sub-codebook (section 3.1), l2-normalized as in LlamaGen: vectors and codes are compared at unit length, where
     the nearest code has the largest cosine. It computes in float32, since in bfloat16 one random vector in fifteen
-    finds another code. `last_ids` are the choices of the last forward pass; the training script counts them.
+    finds another code.
 
-    A quantizer of another kind needs the same three methods and `last_ids`.
+    A quantizer of another kind needs the same three methods; `lookup` is what classifiers on the codes are given.
     """
 
     def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
@@ -71,7 +71,6 @@ class Quantizer(nn.Module):
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.codebook = nn.Parameter(F.normalize(torch.rand(codebook_size, codebook_dim) - 0.5, dim=-1))
-        self.last_ids = None
 
     def lookup(self, ids):
         """ids (B,h,w) -> codes of unit length (B,d,h,w)"""
@@ -106,7 +105,6 @@ class Quantizer(nn.Module):
                 "commit": self.commit_weight * F.mse_loss(z, z_q.detach()),  # the vectors to the codes
                 "entropy": self.entropy_weight * entropy,  # sharpens and spreads the choices
             }
-        self.last_ids = ids
         z_q = z + (z_q - z).detach()  # straight-through: the value of z_q, the gradient of z
         return z_q, ids, losses
 
@@ -238,7 +236,7 @@ class FQGANConfig:
     downsample: int = flag(16, "pixels that a code stands for along each side; a power of two", at_least=2)
     patch_size: int = flag(1, "side of the patches of pixels that are gathered into channels first", at_least=1)
     channels: int = flag(128, "channels of the convolutions at the finest stage", at_least=1)
-    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: as published")
+    channel_mult: tuple[int, ...] = flag((), "channels of each stage, times --channels; empty: by --downsample")
     res_blocks: int = flag(2, "residual blocks in a stage of the encoder; the decoder has one more", at_least=1)
     norm_groups: int = flag(32, "groups of GroupNorm; few channels in each lose an image's mean color", at_least=1)
     pool: tuple[int, ...] = flag((), "sides of the squares of positions that share a code, by sub-codebook; else 1")
@@ -590,8 +588,9 @@ class Branch(nn.Module):
         h = self.norm_out(self.adapter(features))
         z = self.quant_conv(self.conv_out(F.silu(h)))
         if self.pool > 1:  # not the paper's: a square of positions has one vector, the mean of theirs
-            num_squares = [max(1, side // self.pool) for side in z.shape[2:]]
-            z = F.interpolate(F.adaptive_avg_pool2d(z, num_squares), z.shape[2:])
+            h, w = z.shape[2:]
+            squares = F.avg_pool2d(z, self.pool, ceil_mode=True)
+            z = F.interpolate(squares, scale_factor=self.pool)[..., :h, :w]
         return z
 
 class FQGAN(nn.Module):
@@ -651,15 +650,18 @@ class FQGAN(nn.Module):
         """
         images (B,3,H,W), each teacher's features (B,D) -> (reconstruction (B,3,H,W), losses): scalars by name, with
         their weights in them, to be added up. Perceptual and adversarial losses need other networks: train_tokenizer.py
-        adds them.
+        adds them, and counts the codes chosen: they are left in last_ids (B,k,h,w).
         """
         quantized = []
+        chosen = []
         losses = {}
         for branch, z in zip(self.branches, self.encode_vectors(images)):
-            z_q, _, branch_losses = branch.quantizer(z)
+            z_q, ids, branch_losses = branch.quantizer(z)
             quantized.append(z_q)
+            chosen.append(ids)
             for name, loss in branch_losses.items():
                 losses[name] = losses.get(name, 0) + loss
+        self.last_ids = torch.stack(chosen, 1)
         losses["disentangle"] = self.config.disentangle_weight * disentangle_loss(quantized)
         if self.config.decorrelate_weight:
             losses["decorrelate"] = self.config.decorrelate_weight * decorrelation_loss(quantized)
@@ -999,7 +1001,7 @@ def hinge_loss(real, fake):
 def load_teacher(path):
     """
     A frozen module, images (B,3,H,W) in [-1,1] -> features (B,D), from a TorchScript (.pt) or torch.export (.pt2) file
-    on any device. UserError where it cannot be read.
+    saved on any device. UserError where it cannot be read.
     """
     path = Path(path)
     command = shlex.join(["python", "tools/convert.py", path.stem, str(path)])
@@ -1179,7 +1181,7 @@ class Folder(torchvision.datasets.DatasetFolder):
                 folders.append(name)
         if folders:
             return [normalize_unicode(name) for name in folders], {name: i for i, name in enumerate(folders)}
-        return [normalize_unicode(Path(root).resolve().name)], {"": 0}
+        return ["images"], {"": 0}
 
     def make_dataset(self, root, class_to_idx, **_):
         samples = []
@@ -1195,21 +1197,19 @@ class Folder(torchvision.datasets.DatasetFolder):
 
 class ImageData(torch.utils.data.Dataset):
     """
-    A data set of (image (3,H,W) in [-1, 1], label int), center crops; `description` says what it is. `augment` says
-    that in training what read() gives may be cropped at random.
+    A data set of (image (3,H,W) in [-1, 1], label int), center crops; `description` says what it is.
 
     An image that cannot be read is named once on stderr, and the next one takes its place; UserError if they are more
     than ten and 1 %, or all.
     """
 
-    def __init__(self, source, image_size, description, augment=False):
+    def __init__(self, source, image_size, description):
         self.source = source
         self.classes = source.classes
         self.image_size = image_size
         self.description = f"{description}: {len(source)} images"
         if self.classes:
             self.description += f" of {len(self.classes)} classes"
-        self.augment = augment
         self.max_failed = max(10, len(source) // 100)
         self.failed = torch.zeros(len(source), dtype=torch.bool).share_memory_()  # shared with loader processes
 
@@ -1266,7 +1266,7 @@ BUILT_IN = ("shapes", "cifar10", "cifar100")  # a folder of such a name is given
 def load_data(name_or_path, image_size, train):
     """
     The ImageData of "shapes"; of "cifar10" or "cifar100", downloaded into torch.hub's cache; or of a folder of class
-    folders or images. Training takes random crops of them (not of shapes).
+    folders or images.
 
     A folder that holds `train` and `val` (or the like) has these two parts. Of any other about one image in ten is held
     out, by a hash of its name, so that a file that comes or goes moves no other. If that leaves a part empty, both are
@@ -1286,7 +1286,7 @@ def load_data(name_or_path, image_size, train):
             source = make(Path(torch.hub.get_dir()) / "datasets", train, download=True)
     except Exception as error:
         raise UserError(f"--data {name}: cannot be downloaded ({one_line(error)}); give a folder") from None
-    return ImageData(source, image_size, f"torchvision's {make.__name__}, {part}", augment=train)
+    return ImageData(source, image_size, f"torchvision's {make.__name__}, {part}")
 
 def load_folder(path, image_size, train):
     check(path.is_dir(), f"{path} is a file; --data takes a folder of images, or of class folders")
@@ -1294,7 +1294,8 @@ def load_folder(path, image_size, train):
     training = [folders[name] for name in ("train", "training") if name in folders]
     held_out = [folders[name] for name in ("val", "valid", "validation", "test") if name in folders]
     if training or held_out:
-        check(training and held_out, f"{path} holds one of train and val: name its two parts so, or rename the class")
+        check(held_out and (training or not train),
+              f"{path} holds one of train and val: name its two parts so, or rename the class")
         path = training[0] if train else held_out[0]
         source = Folder(path)
         part = "all of it"
@@ -1308,7 +1309,7 @@ def load_folder(path, image_size, train):
     description = f"{path}, {part}"
     if source.num_others:
         description += f", without {source.num_others} other files"
-    return ImageData(source, image_size, description, augment=train)
+    return ImageData(source, image_size, description)
 
 def held_out_by_name(name):
     """True for about one name in ten, whatever other files there are."""
@@ -1316,10 +1317,9 @@ def held_out_by_name(name):
     return int.from_bytes(digest[:4]) % 10 == 0
 
 def load_train_and_held_out(name, image_size):
-    """Both parts of load_data. UserError where their classes differ; of a single class the name may."""
+    """Both parts of load_data. UserError where their classes differ."""
     train, held_out = [load_data(name, image_size, is_train) for is_train in (True, False)]
-    check(train.classes == held_out.classes or len(train.classes) == len(held_out.classes) == 1,
-          f"--data {name}: its two parts have different class folders")
+    check(train.classes == held_out.classes, f"--data {name}: its two parts have different class folders")
     return train, held_out
 
 # -----------------------------------------------------------------------------
@@ -1434,6 +1434,8 @@ def cli(main):
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             message = ("out of memory: give a smaller --batch-size, or in training a larger --accumulate "
                        "(or a tokenizer's --recompute)")
+        elif "loading state_dict" in str(error):  # of a resumed run
+            message = f"the checkpoint does not fit this version of the code, or the teachers ({one_line(error)})"
         else:
             raise
     except KeyboardInterrupt:
@@ -1507,15 +1509,15 @@ def from_settings(config_class, settings):
 
 RESUME_FLAGS = {"resume", "out", "steps", "device", "workers", "log_every", "eval_every", "compile"}
 
-def resumed_settings(checkpoint, path, flags):
+def resumed_settings(state, path, flags):
     """The settings of the run in a checkpoint, and over them the few that a resumed run may change."""
-    check("settings" in checkpoint, f"{path} holds weights, not a run: it cannot be resumed")
+    check("settings" in state, f"{path} holds weights, not a run: it cannot be resumed")
     for name in flags:
         check(name in RESUME_FLAGS,
               f"--{name.replace('_', '-')} does not go with --resume, which takes it from {path}")
-    settings = checkpoint["settings"] | checkpoint["config"] | flags
-    check(checkpoint["step"] < settings["steps"],
-          f"{path} is already at step {checkpoint['step']} of {settings['steps']}; to go on, give a larger --steps")
+    settings = state["settings"] | state["config"] | flags
+    check(state["step"] < settings["steps"],
+          f"{path} is already at step {state['step']} of {settings['steps']}; to go on, give a larger --steps")
     return settings
 
 def lock_output(path, must_be_new):
@@ -1549,10 +1551,10 @@ def rank():
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def setup_device(device="auto", seed=0):
+def setup_device(device="auto"):
     """
-    Every script's start -> the device. Under torchrun joins the process group (nccl on GPUs, else gloo). Seeds PyTorch
-    and sets how exactly it computes.
+    Every script's start -> the device. Under torchrun joins the process group (nccl on GPUs, else gloo). Sets how
+    exactly PyTorch computes.
     """
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -1568,8 +1570,8 @@ def setup_device(device="auto", seed=0):
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     torch.backends.cudnn.allow_tf32 = False  # float32 in full: codes and metrics depend on it
+    torch.set_float32_matmul_precision("highest")  # some containers' environment says otherwise
     torch.set_flush_denormal(True)  # CPUs take a hundred times as long over the softmax's tiniest numbers
-    torch.manual_seed(seed % 2**63)
     return device
 
 def barrier():
@@ -1595,8 +1597,6 @@ def all_reduce(tensor):
 
 def on_any_rank(value, device):
     """Whether it is true on one rank at least: a signal may reach one before another."""
-    if world_size() == 1:
-        return bool(value)
     return all_reduce(torch.tensor(float(bool(value)), device=device)).item() > 0
 
 def gather_on_rank0(item):
@@ -1641,6 +1641,13 @@ def pick_dtype(name, device):
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
+def lr_factor(step, args):
+    """What the learning rates are multiplied with at a step: linear warm-up, cosine decay."""
+    if step < args.warmup:
+        return (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
 def check_compiler():
     """Without one torch.compile fails in the first step, in a hundred lines."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -1684,10 +1691,10 @@ def code_usage(counts):
     perplexity = torch.special.entr(counts / total.clamp(min=1)).sum(-1).exp()
     return (counts > 0).double().sum(-1) / reachable, perplexity
 
-def save_grid(path, rows, tile=96):
-    """Draws rows of (label, images (n,3,H,W) in [-1,1]), enlarged by a whole factor to `tile` pixels or more."""
+def save_grid(path, rows):
+    """Draws rows of (label, images (n,3,H,W) in [-1,1]), enlarged by a whole factor to 96 pixels or more."""
     height, width = rows[0][1].shape[2:]
-    zoom = max(1, math.ceil(tile / width))
+    zoom = math.ceil(96 / width)
     height *= zoom
     width *= zoom
     font = ImageFont.load_default(14)

@@ -10,6 +10,7 @@ $ torchrun --nproc-per-node=8 sample.py --count 50000 --npz samples.npz # arr_0 
 import csv
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def main():
           f"--out {path}: cannot write {path.suffix} files; name a .png file, or a folder")
     check(not is_folder or not path.is_dir() or not any(map(is_image, without_hidden(os.listdir(path)))),
           f"--out {path} holds images already: choose a new folder")
-    device = setup_device(options.device, options.seed)
+    device = setup_device(options.device)
     gpt, tokenizer, names = load_models(options, device)
 
     # labels: the classes in turn
@@ -142,6 +143,8 @@ def main():
     labels = classes[torch.arange(n) % len(classes)]
     folder = path if is_folder else path.parent
     folder.mkdir(parents=True, exist_ok=True)
+    check(is_folder or shutil.disk_usage(folder).free > 3 * n * tokenizer.config.image_size**2,
+          f"{folder} has no room for {n} images")
 
     # sample
     signals = catch_signals()  # a list: empty until Ctrl-C or a signal that ends the job

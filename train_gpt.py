@@ -25,8 +25,8 @@ from torchvision.transforms.functional import pil_to_tensor, ten_crop
 from fqgan import (
     all_reduce, append_row, autocast, barrier, batches_of_this_rank, build_model, catch_signals, center_crop, check,
     check_compiler, cli, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, GPT, GPTConfig, ignore_signals,
-    load_checkpoint, load_train_and_held_out, lock_output, on_any_rank, parse_flags, pick_dtype, print0, rank,
-    refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range,
+    load_checkpoint, load_train_and_held_out, lock_output, lr_factor, on_any_rank, parse_flags, pick_dtype, print0,
+    rank, refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range,
     training_batches, warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
@@ -150,13 +150,6 @@ def get_batch(records, indices, views, device):
 # -----------------------------------------------------------------------------
 # Helpers
 
-def lr_at(step, args):
-    """The learning rate at a step: linear warm-up, cosine decay."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
 @torch.no_grad()
 def evaluate(model, records, args, device):
     """Cross-entropy of each sub-codebook's codes, in nats, on --eval-images of the held-out images: (k)."""
@@ -201,7 +194,7 @@ def main():
     check(args.crops in (1, 2, 10), f"--crops {args.crops}: choose 1, 2 or 10")
 
     # processes
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.compile:
         check_compiler()
@@ -274,7 +267,7 @@ def main():
         old_args = replace(args, steps=state["settings"]["steps"])
         if args.steps != old_args.steps:
             print0(f"the schedule is now that of {args.steps} steps: the learning rate goes on at "
-                   f"{lr_at(step, args):.2g} in place of {lr_at(step, old_args):.2g}")
+                   f"{args.lr * lr_factor(step, args):.2g} in place of {args.lr * lr_factor(step, old_args):.2g}")
     elif rank() == 0:
         with warn_if_unwritable(path.with_name("gpt_log.csv")) as log:
             log.unlink(missing_ok=True)
@@ -311,7 +304,7 @@ def main():
     stopping = False
 
     while step < args.steps and not stopping:
-        lr = lr_at(step, args)
+        lr = args.lr * lr_factor(step, args)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr

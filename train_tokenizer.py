@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from fqgan import (
-    all_reduce, append_row, autocast, barrier, batches_of_this_rank, catch_signals, center_crop, check, check_compiler,
-    cli, code_usage, Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss,
-    ignore_signals, load_checkpoint, load_teacher, load_train_and_held_out, lock_output, LPIPS, on_any_rank, one_line,
-    parse_flags, pick_dtype, print0, psnr, random_crop, RandomFeatures, rank, reconstruction_rows,
-    refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, shuffled_range,
+    all_reduce, append_row, autocast, barrier, batches_of_this_rank, catch_signals, check, check_compiler, cli,
+    code_usage, Discriminator, duration, flag, FQGAN, FQGANConfig, from_settings, from_uint8, hinge_loss,
+    ignore_signals, load_checkpoint, load_teacher, load_train_and_held_out, lock_output, LPIPS, lr_factor, on_any_rank,
+    one_line, parse_flags, pick_dtype, print0, psnr, random_crop, RandomFeatures, rank, reconstruction_rows,
+    refuse_output_inside_data, resumed_settings, save_checkpoint, save_grid, setup_device, Shapes, shuffled_range,
     training_batches, UserError, warn_if_unwritable, world_size)
 
 # -----------------------------------------------------------------------------
@@ -88,25 +88,17 @@ class TrainConfig:
 # Helpers
 
 class TrainingItems(Dataset):
-    """An ImageData as training sees it: a Draw gives a random crop; of images that are not augmented, the center."""
+    """An ImageData as training sees it: a Draw gives a random crop, but of shapes the whole."""
 
     def __init__(self, data):
         self.data = data
 
     def __getitem__(self, draw):
+        if isinstance(self.data.source, Shapes):
+            return self.data[draw.index]
         image, label = self.data.read(draw.index)  # a whole PIL image
-        if self.data.augment:
-            crop = random_crop(image, self.data.image_size, random.Random(draw.seed))
-        else:
-            crop = center_crop(image, self.data.image_size)
+        crop = random_crop(image, self.data.image_size, random.Random(draw.seed))
         return from_uint8(pil_to_tensor(crop)), label
-
-def lr_factor(step, args):
-    """What the learning rates are multiplied with at a step: linear warm-up, cosine decay."""
-    if step < args.warmup:
-        return (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 def feature_width(teacher, path, image_size, device):
     try:
@@ -142,13 +134,13 @@ def evaluate(model, data, args, device):
         ids = model.encode(images)
         total[0] += psnr(images, model.decode(ids)).sum()
         total[1] += len(images)
-        count_codes(counts, ids.transpose(0, 1))
+        count_codes(counts, ids)
     all_reduce(total)
     return float(total[0] / total[1]), all_reduce(counts)
 
 def count_codes(counts, ids):
-    """Adds to counts (k,V) the choices ids (k,B,h,w)."""
-    ids = ids.flatten(1)
+    """Adds to counts (k,V) the choices ids (B,k,h,w)."""
+    ids = ids.transpose(0, 1).flatten(1)
     counts.scatter_add_(1, ids, torch.ones_like(ids))
 
 def by_codebook(name, values):
@@ -187,7 +179,7 @@ def main():
     refuse_output_inside_data(path, args.data)
 
     # processes
-    device = setup_device(args.device, args.seed)
+    device = setup_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.compile:
         check_compiler()
@@ -273,6 +265,8 @@ def main():
     weights = asdict(config) | asdict(args)
     names = ("commit", "entropy", "disentangle", "representation", "perceptual", "disc")
     off = [name for name in names if not weights[f"{name}_weight"]]
+    if args.disc_weight and args.disc_start >= args.steps:
+        off.append("disc (--disc-start is not before --steps)")
     if not teachers and config.representation_weight:
         off.append("representation (no --teachers)")
     if teachers and args.batch_size == num_parts:
@@ -309,7 +303,8 @@ def main():
                 with torch.no_grad():
                     features = [teacher(images).float() for teacher in teachers]
                 reconstruction, losses = parallel_model(images, features)
-                losses["entropy"] = entropy_decay * losses["entropy"]
+                if "entropy" in losses:
+                    losses["entropy"] = entropy_decay * losses["entropy"]
                 if perceptual:
                     losses["perceptual"] = args.perceptual_weight * perceptual(images, reconstruction).mean()
                 if adversarial:
@@ -331,7 +326,7 @@ def main():
             # for the log
             for name, value in losses.items():
                 step_losses[name] = step_losses.get(name, 0) + value.detach() / args.accumulate
-            count_codes(counts, torch.stack([branch.quantizer.last_ids for branch in model.branches]))
+            count_codes(counts, model.last_ids)
 
         # each network steps, unless its own gradient is not finite
         all_finite = True
@@ -408,7 +403,8 @@ def main():
         raise KeyboardInterrupt
     print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('recon.png')} (look at it), "
            f"{path.with_name('log.csv')}")
-    print0("next: python train_gpt.py" + (f" --out {shlex.quote(args.out)}" if args.out != "out" else ""))
+    print0("next: python train_gpt.py" + (f" --out {shlex.quote(args.out)}" if args.out != "out" else "")
+           + (", with a --preset of its own" if flags.get("preset", "tiny") != "tiny" else ""))
 
 if __name__ == "__main__":
     cli(main)

@@ -80,7 +80,7 @@ def images(folder, rng, n=10_000):
         if i % 100 == 0:
             contents = odd[i // 100 % len(odd)]
         path.write_bytes(contents)
-        source = fqgan.ImageData(fqgan.Folder(folder), 16, "one image", augment=True)
+        source = fqgan.ImageData(fqgan.Folder(folder), 16, "one image")
         data = train_tokenizer.TrainingItems(source)
         try:
             with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):

@@ -118,7 +118,8 @@ def main():
     options = parser.parse_args()
     check(not (options.samples and options.tokenizer), "SAMPLES and --tokenizer exclude each other")
     check(options.epochs >= 1 and (options.n is None or options.n >= 1), "--epochs and --n must be at least 1")
-    device = setup_device(options.device, options.seed)
+    device = setup_device(options.device)
+    torch.manual_seed(options.seed % 2**63)
 
     training, held_out = load_train_and_held_out(options.data, options.image_size)
     if options.samples:

@@ -22,9 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fqgan import pick_dtype
+from fqgan import Parser, cli, pick_dtype
 
-TEACHER = "--teachers cifar10-teacher.pt"
+TEACHER_FILE = "cifar10-teacher.pt"
+TEACHER = f"--teachers {TEACHER_FILE}"
 TOKENIZERS = {
     "2x512": "--k 2 --codebook-size 512",
     "1x1024": "--k 1 --codebook-size 1024",
@@ -113,8 +114,7 @@ def measure_gpt(name, steps, seed, data):
     samples = json.loads(Path(out, "samples.json").read_text())
     with open(f"{out}/gpt_log.csv") as file:
         last = list(csv.DictReader(file))[-1]
-    k = sum(key.startswith("val_loss_") for key in last)
-    nats = float(last["val_loss"]) * max(k, 1)
+    nats = sum(float(value) for key, value in last.items() if key.startswith("val_loss_"))
     return {"nats_a_position": nats, "fd": samples["fd"], "named_samples": samples["named"]}
 
 def read_table():
@@ -127,6 +127,9 @@ def run_missing_rows(data, part, parts):
     machine = f"{torch.backends.cpu.get_cpu_capability()} {pick_dtype('auto', torch.device('cpu'))}"
     for steps, name, seed in ROWS[part::parts]:
         if (name, str(steps), str(seed)) in [(row["row"], row["steps"], row["seed"]) for row in read_table()]:
+            continue
+        if TEACHER in TOKENIZERS[GPTS[name][0]] and not Path(TEACHER_FILE).exists():
+            print(f"left out, since there is no {TEACHER_FILE}: {name}, {steps} steps, seed {seed}")
             continue
         row = {"row": name, "steps": steps, "seed": seed, "machine": machine}
         row |= measure_tokenizer(GPTS[name][0], steps, seed, data)
@@ -152,6 +155,8 @@ def picture(rows):
     points = {}
     for name, seeds in seeds_of.items():
         nats = [float(row["nats_a_position"]) for row in seeds if row["nats_a_position"]]
+        if not nats:
+            continue
         points[name] = mean(nats), mean(float(row["rfd"]) for row in seeds)
     low_x, low_y = [math.floor(min(values)) for values in zip(*points.values())]
     high_x, high_y = [math.ceil(max(values)) for values in zip(*points.values())]
@@ -176,8 +181,8 @@ def picture(rows):
     spots = {name: place(*point) for name, point in points.items()}
     taken = [(x - 6, x + 6, y) for x, y in spots.values()]  # left, right, height
     for name, (x, y) in spots.items():
-        color = COLORS[name[0]]
         shape, _, variant = name.partition(" ")
+        color = COLORS.get(shape.partition("x")[0], "black")
         svg.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" stroke="{color}" fill="{"none" if variant else color}"/>')
         label = variant[:1] or shape
         width = 7 * len(label)
@@ -188,12 +193,17 @@ def picture(rows):
         svg.append(f'<text x="{left + width / 2:.0f}" y="{height + 4:.0f}" text-anchor="middle">{label}</text>')
     return "\n".join(svg) + "\n</svg>\n"
 
-def main(data="", part=0, parts=1):
-    data = shlex.quote(os.path.abspath(data)) if data else ""
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("data", nargs="?", help="folder of CIFAR-10, with its parts train and val")
+    parser.add_argument("part", nargs="?", type=int, default=0, help="which of the parts to run, from 0 on")
+    parser.add_argument("parts", nargs="?", type=int, default=1, help="how many parts the rows are divided into")
+    options = parser.parse_args()
+    data = shlex.quote(os.path.abspath(options.data)) if options.data else ""
     os.chdir(Path(__file__).resolve().parent.parent)
     if data:
-        run_missing_rows(data, int(part), int(parts))
+        run_missing_rows(data, options.part, options.parts)
     Path("assets/study.svg").write_text(picture(read_table()))
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli(main)

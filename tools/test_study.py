@@ -21,6 +21,10 @@ def test_the_picture_is_of_the_table():
     with open(HERE / "assets" / "study.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert study.picture(rows) == (HERE / "assets" / "study.svg").read_text()
+    of_another_k = dict(rows[0], row="5x256")
+    without_gpt = dict(rows[0], row="6x256", nats_a_position="")
+    picture = study.picture([*rows, of_another_k, without_gpt])
+    assert ">5x256<" in picture and "6x256" not in picture
 
 def test_flags_of_all_rows():
     """They are those of the two scripts, and no row lacks its own."""
@@ -36,10 +40,11 @@ def test_flags_of_all_rows():
     assert {(steps, name) for steps, name, _ in study.ROWS} <= {(s, n) for s in study.RECIPES for n in study.GPTS}
 
 def test_what_is_missing_is_run(tmp_path, monkeypatch):
-    """A row that the table has is left out; bits are means over pairs; other seeds have no GPT."""
+    """Rows that the table has are left out, and those without their teacher; bits are means over pairs."""
     monkeypatch.chdir(tmp_path)
     Path("assets").mkdir()
-    monkeypatch.setattr(study, "ROWS", [(800, "2x512", 0), (3200, "2x512", 0), (3200, "2x512", 1)])
+    rows = [(800, "2x512 both", 0), (800, "2x512", 0), (3200, "2x512", 0), (3200, "2x512", 1)]
+    monkeypatch.setattr(study, "ROWS", rows)
     figures = dict(psnr=20.0, rfd=1.0, named=0.5, ssim=0.9, mutual_information_1_2=2.5, probe_all=0.75)
     figures |= dict(mutual_information_1_2_by_chance=9.0, usage_1=1.0, usage_2=0.5, probe_1=0.25, probe_2=0.5)
     for seed in range(2):
