@@ -399,7 +399,7 @@ def compare(real, fake, network, device, probe=None):
 def named(real, fake, probe=None):
     """The shares of fake and of real images whose class a linear classifier of real ones gets right, or a reason."""
     if real.classes is None or fake.classes is None or real.labels.max() == 0:
-        return None, None, "a set has no labels, or all the same"
+        return None, None, "a set has no labels, or all the same, or there are no training images"
     if real.classes and fake.classes and real.classes != fake.classes:
         return None, None, f"the classes differ: {', '.join(fake.classes[:5])}; {', '.join(real.classes[:5])}"
     order = shuffled_range(len(real.features))
@@ -486,7 +486,7 @@ def evaluate_tokenizer(options):
     if c.image_size >= 16:
         make_lpips = lambda: LPIPS(options.vgg, options.lpips).to(options.device)
         lpips, no_lpips = loaded(make_lpips, options.vgg or options.lpips, options.device)
-    reasons = {"rfd" if options.features else "rfid": no_network, "lpips": no_lpips, "probes": no_train}
+    reasons = {"rfd" if options.features else "rfid": no_network, "lpips": no_lpips, "probe_all": no_train}
     reasons = {name: reason for name, reason in reasons.items() if reason}
     print0(f"{options.tokenizer}: k={c.k} sub-codebooks of {c.codebook_size} codes; held out: {held_out.description}")
     images = torch.stack([held_out[i][0] for i in indices[:10]]).to(options.device)
@@ -524,8 +524,9 @@ def evaluate_tokenizer(options):
     protocol = ""
     if network:
         description = f"{len(indices)} images, {held_out.description}"
-        real = statistics_of_features(description, *seen[:2], labels, held_out.classes)
-        fake = statistics_of_features(f"their reconstructions, {ROUNDING}", *seen[2:], labels, held_out.classes)
+        classes = held_out.classes if with_probe else None
+        real = statistics_of_features(description, *seen[:2], labels, classes)
+        fake = statistics_of_features(f"their reconstructions, {ROUNDING}", *seen[2:], labels, classes)
         compared, more_reasons = compare(real, fake, network, options.device, probe)
         reasons |= more_reasons
         figures |= {"r" + name if name in ("fid", "fd") else name: value for name, value in compared.items()}

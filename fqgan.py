@@ -62,7 +62,7 @@ class Quantizer(nn.Module):
     the nearest code has the largest cosine. It computes in float32, since in bfloat16 one random vector in fifteen
     finds another code.
 
-    A quantizer of another kind needs the same three methods; `lookup` is what classifiers on the codes are given.
+    A quantizer of another kind needs the same three methods; which losses it has is its own affair.
     """
 
     def __init__(self, codebook_size, codebook_dim, commit_weight=0.25, entropy_weight=0.03, entropy_temperature=0.01):
@@ -589,8 +589,9 @@ class Branch(nn.Module):
         z = self.quant_conv(self.conv_out(F.silu(h)))
         if self.pool > 1:  # not the paper's: a square of positions has one vector, the mean of theirs
             h, w = z.shape[2:]
-            squares = F.avg_pool2d(z, self.pool, ceil_mode=True)
-            z = F.interpolate(squares, scale_factor=self.pool)[..., :h, :w]
+            side = min(self.pool, max(h, w))
+            squares = F.avg_pool2d(z, side, ceil_mode=True)
+            z = F.interpolate(squares, scale_factor=side, mode="nearest-exact")[..., :h, :w]
         return z
 
 class FQGAN(nn.Module):
@@ -1268,9 +1269,9 @@ def load_data(name_or_path, image_size, train):
     The ImageData of "shapes"; of "cifar10" or "cifar100", downloaded into torch.hub's cache; or of a folder of class
     folders or images.
 
-    A folder that holds `train` and `val` (or the like) has these two parts. Of any other about one image in ten is held
-    out, by a hash of its name, so that a file that comes or goes moves no other. If that leaves a part empty, both are
-    the whole.
+    A folder that holds `train` and `val` (or the like) has these two parts; one of `val` alone, the held-out part. Of
+    any other about one image in ten is held out, by a hash of its name, so that a file that comes or goes moves no
+    other. If that leaves a part empty, both are the whole.
     """
     part = "training part" if train else "held-out part"
     name = str(name_or_path)
@@ -1294,7 +1295,8 @@ def load_folder(path, image_size, train):
     training = [folders[name] for name in ("train", "training") if name in folders]
     held_out = [folders[name] for name in ("val", "valid", "validation", "test") if name in folders]
     if training or held_out:
-        check(held_out and (training or not train),
+        held_out_alone = len(held_out) == len(folders)  # is enough where nothing is trained
+        check(held_out and (training or held_out_alone and not train),
               f"{path} holds one of train and val: name its two parts so, or rename the class")
         path = training[0] if train else held_out[0]
         source = Folder(path)
@@ -1435,7 +1437,7 @@ def cli(main):
             message = ("out of memory: give a smaller --batch-size, or in training a larger --accumulate "
                        "(or a tokenizer's --recompute)")
         elif "loading state_dict" in str(error):  # of a resumed run
-            message = f"the checkpoint does not fit this version of the code, or the teachers ({one_line(error)})"
+            message = f"the checkpoint does not fit this version of the code, or other teachers ({one_line(error)})"
         else:
             raise
     except KeyboardInterrupt:
@@ -1552,10 +1554,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def setup_device(device="auto"):
-    """
-    Every script's start -> the device. Under torchrun joins the process group (nccl on GPUs, else gloo). Sets how
-    exactly PyTorch computes.
-    """
+    """Every script's start -> the device. Joins torchrun's process group, and sets how exactly PyTorch computes."""
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:

@@ -143,8 +143,9 @@ def main():
     labels = classes[torch.arange(n) % len(classes)]
     folder = path if is_folder else path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    check(is_folder or shutil.disk_usage(folder).free > 3 * n * tokenizer.config.image_size**2,
-          f"{folder} has no room for {n} images")
+    size = 3 * n * tokenizer.config.image_size**2  # of an array, in bytes
+    free = shutil.disk_usage(folder).free
+    check(not options.npz or free > size, f"{n} images take {size} bytes; {folder} has {free} left")
 
     # sample
     signals = catch_signals()  # a list: empty until Ctrl-C or a signal that ends the job

@@ -404,7 +404,7 @@ def main():
     print0(f"done in {duration(time.time() - start_time)}: {path}, {path.with_name('recon.png')} (look at it), "
            f"{path.with_name('log.csv')}")
     print0("next: python train_gpt.py" + (f" --out {shlex.quote(args.out)}" if args.out != "out" else "")
-           + (", with a --preset of its own" if flags.get("preset", "tiny") != "tiny" else ""))
+           + (" (with its own --preset)" if flags.get("preset", "tiny") != "tiny" else ""))
 
 if __name__ == "__main__":
     cli(main)

@@ -5,7 +5,8 @@ $ python tools/study.py cifar10-train/        # the rows that assets/study.csv l
 $ python tools/study.py cifar10-train/ 0 2    # every second of them, while another process has 1 2
 $ python tools/study.py                       # the picture alone
 
-Another row is a line in TOKENIZERS or GPTS. To run them all again, move assets/study.csv away.
+Another row is a line in TOKENIZERS or GPTS. To run them all again, move assets/study.csv away. Rows with a teacher need
+its file, cifar10-teacher.pt, beside fqgan.py: without it they are left out.
 """
 
 import csv
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fqgan import Parser, cli, pick_dtype
+from fqgan import Parser, check, cli, pick_dtype
 
 TEACHER_FILE = "cifar10-teacher.pt"
 TEACHER = f"--teachers {TEACHER_FILE}"
@@ -158,6 +159,7 @@ def picture(rows):
         if not nats:
             continue
         points[name] = mean(nats), mean(float(row["rfd"]) for row in seeds)
+    check(points, f"no row of {TABLE} has a GPT")
     low_x, low_y = [math.floor(min(values)) for values in zip(*points.values())]
     high_x, high_y = [math.ceil(max(values)) for values in zip(*points.values())]
 
@@ -199,6 +201,7 @@ def main():
     parser.add_argument("part", nargs="?", type=int, default=0, help="which of the parts to run, from 0 on")
     parser.add_argument("parts", nargs="?", type=int, default=1, help="how many parts the rows are divided into")
     options = parser.parse_args()
+    check(0 <= options.part < options.parts, f"part {options.part} of {options.parts}: parts are counted from 0")
     data = shlex.quote(os.path.abspath(options.data)) if options.data else ""
     os.chdir(Path(__file__).resolve().parent.parent)
     if data:
