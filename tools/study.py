@@ -48,6 +48,7 @@ TOKENIZERS = {
     "4x256 decorrelated": "--k 4 --disentangle-weight 0 --decorrelate-weight 0.1",
     "3x256 without": "--k 3 --disentangle-weight 0",
     "4x256 without": "--k 4 --disentangle-weight 0",
+    "8x256 without": "--k 8 --disentangle-weight 0",
     "8x256 decorrelated": "--k 8 --disentangle-weight 0 --decorrelate-weight 0.1",
 }
 GPTS = {name: (name, "") for name in TOKENIZERS}  # name: (whose codes, flags)
@@ -59,9 +60,10 @@ RECIPES = {
     800: ("--entropy-weight 0.03 --lr 2e-3", "--batch-size 64 --lr 2e-3 --steps 300"),
     3200: ("", "--steps 600"),
 }
-LONG = ("4x256", "4x256 without", "4x256 decorrelated", "8x256", "8x256 decorrelated", "3x256", "3x256 without",
-        "2x512")
-SHORT = [name for name in GPTS if name not in ("3x256 without", "4x256 without", "8x256 decorrelated")]
+LONG = ("4x256", "4x256 without", "4x256 decorrelated", "8x256", "8x256 without", "8x256 decorrelated", "3x256",
+        "3x256 without", "2x512")
+LONG_ONLY = ("3x256 without", "4x256 without", "8x256 without", "8x256 decorrelated")
+SHORT = [name for name in GPTS if name not in LONG_ONLY]
 TWO_SEEDS = [name for name in SHORT if name not in ("2x512 linear", "1x65536")]
 THREE_SEEDS = ("1x512", "1x1024", "2x512", "4x256", "2x512 without", "2x512 teacher", "2x512 both",
                "2x512 decorrelated")
@@ -70,6 +72,7 @@ ROWS += [(800, name, 1) for name in TWO_SEEDS]
 ROWS += [(800, name, 2) for name in THREE_SEEDS]
 ROWS += [(3200, name, 0) for name in LONG]
 ROWS += [(3200, name, seed) for seed in (1, 2) for name in LONG[:3]]
+ROWS += [(3200, "2x512", 1)]
 # of other seeds than the first the tokenizer alone, but for these
 GPTS_OF_OTHER_SEEDS = [("2x512 without", 2), ("2x512 teacher", 2), ("3x256", 1), ("3x256 linear", 1),
                        ("3x256 both", 1)]
