@@ -476,8 +476,8 @@ def evaluate_tokenizer(options):
     check(name, f"{options.tokenizer} does not say what it was trained on: name the images with --data")
     picture = options.out or Path(options.tokenizer).with_name("evaluate.png")
     refuse_output_inside_data(picture, name)
-    held_out = load_data(name, c.image_size, train=False)
-    train, no_train = loaded(lambda: load_train_and_held_out(name, c.image_size)[0], False, options.device)
+    parts, no_train = loaded(lambda: load_train_and_held_out(name, c.image_size), False, options.device)
+    train, held_out = parts or (None, load_data(name, c.image_size, train=False))
     indices = shuffled_range(len(held_out))[:options.n]
     network, no_network = None, "fewer than 4 images"
     if len(indices) >= 4:
